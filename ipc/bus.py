@@ -1,0 +1,330 @@
+"""The bus: one peer's place in the ZeroMQ mesh, on an event loop.
+
+Stands between ``peer.py``, which workers use, and the two halves of the mesh (``outbound.py``, ``inbound.py``): it
+drives both from the loop, joins and leaves, keeps the time, and says when publishers must pause.
+
+Joining: the inbox is bound, then the record shows us, then we connect to every living peer and greet it as soon as we
+have seen its subscription; it answers when it has seen ours. The bus is ready when all who live and move have answered.
+Leaving: our interest is withdrawn and everybody told; each answers when what it still had for us has been sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import zmq
+
+from ipc import envelope as wire
+from ipc.board import Counter, SlotState
+from ipc.envelope import Envelope, FrameKind, Header
+from ipc.inbound import Deliver, Inbound
+from ipc.interest import OwnInterest
+from ipc.outbound import Link, Outbound
+from ipc.runtime import RuntimeDir
+
+logger = logging.getLogger("ipc")
+
+TICK = 0.25
+"""Seconds between two rounds of housekeeping: heartbeat, the dead, the stalled, last numbers."""
+POLL = 0.002
+"""Seconds between two looks at the credits while something waits in an outbox."""
+JOIN_BOUND = 1.8
+"""Seconds after which the bus is ready even if a peer has not answered: what is for it waits in the outbox."""
+LEAVE_BOUND = 2.0
+STALE_HEARTBEAT = 1.0
+"""Seconds without a heartbeat after which nobody waits for a peer at join and leave."""
+FLUSH_BYTES = 1024 * 1024
+"""A turn that publishes more than this is sent in parts, so that the bound of the outboxes is seen in time."""
+
+
+class BusFull(Exception):
+    """More was published without awaiting than twice ``--bus-backlog``; this message was not taken."""
+
+
+class BusClosed(Exception):
+    """The bus of this process is not open."""
+
+
+class Bus:
+    """One peer of the mesh. Call :meth:`start`, then use it, then :meth:`stop`, all on one loop."""
+
+    def __init__(self, runtime: RuntimeDir, slot: int, backlog: int) -> None:
+        self._runtime = runtime
+        self._record = runtime.board.record(slot)
+        self._slot = slot
+        self.backlog = backlog
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.inbound = Inbound(runtime, slot, self._context)
+        self.outbound = Outbound(runtime, slot, self._context, backlog)
+        self.outbound.on_ready = self._on_ready
+        self.outbound.on_gone = self._on_change
+        self.inbound.on_control = self._on_control
+        board = runtime.board
+        self.interest = OwnInterest(board.memory, board.map_offset(slot), self._record.touch)
+        self._turn: list[tuple[Envelope, bytes | None]] = []
+        self._turn_bytes = 0
+        self._flush_scheduled = False
+        self._read_scheduled = False
+        self._poll_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
+        self._when_clear: list[Callable[[], None]] = []
+        self.congested = False
+        """Some moving peer's outbox is over its bound: who publishes must pause."""
+        self._lost = False
+        self._leaving = False
+        self._open = True
+
+    @property
+    def drop_fraction(self) -> float:
+        """Test hook: the fraction of outgoing batches that is lost on purpose."""
+        return self.outbound.drop_fraction
+
+    @drop_fraction.setter
+    def drop_fraction(self, fraction: float) -> None:
+        self.outbound.drop_fraction = fraction
+
+    # -- joining and leaving ---------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Join; ready on return: what anybody publishes from now on arrives, both ways."""
+        self._loop.add_reader(self.inbound.fd, self._on_inbox)
+        self._loop.add_reader(self.outbound.fd, self._on_outbound)
+        self._record.state = SlotState.JOINING
+        self._tick()
+        self._on_inbox()
+        await self._until(self._all_greeted, JOIN_BOUND)
+        for link in self.outbound.links.values():
+            if not link.hello_answered:
+                logger.warning("joined without an answer of peer %d.%d", *link.key)
+
+    async def stop(self) -> None:
+        """Leave: see that nothing is lost that can be kept, then close. Bounded; may be called twice."""
+        if not self._open or self._leaving:
+            return
+        self._leaving = True
+        self._flush()
+        self.interest.clear()
+        for link in self.outbound.links.values():
+            if link.ready:
+                self.outbound.control(link, FrameKind.BYE)
+        self.outbound.after_sending()
+        await self._until(self._all_parted, LEAVE_BOUND)
+        self.close()
+
+    async def _until(self, done: Callable[[], bool], bound: float) -> None:
+        """Wait until ``done``, looking again after each event of the mesh and every few milliseconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(bound):
+                while not done():
+                    self._changed.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(0.01):
+                            await self._changed.wait()
+
+    def _all_greeted(self) -> bool:
+        self.outbound.refresh()
+        return all(link.hello_answered or self._excused(link) for link in self.outbound.links.values())
+
+    def _all_parted(self) -> bool:
+        self.outbound.refresh()
+        self.outbound.poll(time.monotonic())
+        for link in tuple(self.outbound.links.values()):
+            self.outbound.read_credit(link)
+        return all(
+            (link.idle and (link.bye_answered or not link.ready)) or self._excused(link)
+            for link in self.outbound.links.values()
+        )
+
+    def _excused(self, link: Link) -> bool:
+        heartbeat = self._runtime.board.record(link.slot).heartbeat
+        return link.stalled or time.monotonic_ns() - heartbeat > STALE_HEARTBEAT * 1e9
+
+    def close(self) -> None:
+        """Close sockets and timers at once; what is under way to others then counts as dropped."""
+        if not self._open:
+            return
+        self._open = False
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self.inbound.fd)
+            self._loop.remove_reader(self.outbound.fd)
+        for timer in (self._poll_timer, self._tick_timer):
+            if timer is not None:
+                timer.cancel()
+        self._turn.clear()
+        self.outbound.close()
+        self.inbound.close()
+        self._context.term()
+        self._release_publishers()
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def publish(self, envelope: Envelope) -> None:
+        """Take an envelope; it leaves at the end of this turn of the loop.
+
+        Raises:
+            BusFull: twice the bound waits already for a peer that moves; the envelope was not taken.
+            EnvelopeTooBig, ValueError: it cannot travel, see :func:`ipc.envelope.encode`.
+            BusClosed: the bus was stopped.
+        """
+        if not self._open:
+            raise BusClosed("the bus of this process is closed")
+        if self.congested and self.outbound.fullest > 2 * self.backlog:
+            raise BusFull(f"{self.outbound.fullest} bytes wait for a peer; await what you send")
+        # Alone on the bus there is nobody to encode for, unless somebody comes before this turn ends.
+        if self.outbound.links or not wire.is_surely_encodable(envelope):
+            self._turn.append((envelope, wire.encode(envelope)))
+        else:
+            self._turn.append((envelope, None))
+        self._turn_bytes += len(envelope.data)
+        if self._turn_bytes > FLUSH_BYTES:
+            self._flush()
+        elif not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._end_of_turn)
+
+    def _end_of_turn(self) -> None:
+        self._flush_scheduled = False
+        if self._open:
+            self._flush()
+
+    def _flush(self) -> None:
+        turn = self._turn
+        if turn:
+            self._turn = []
+            self._turn_bytes = 0
+            self.outbound.send(turn)
+            if self.outbound.queued:
+                self._watch()
+
+    def _watch(self) -> None:
+        """Something waits in an outbox: judge the congestion, look at the credits soon."""
+        self._judge()
+        if self._poll_timer is None and self.outbound.queued and self._open:
+            self._poll_timer = self._loop.call_later(POLL, self._poll)
+
+    def _poll(self) -> None:
+        self._poll_timer = None
+        self.outbound.poll(time.monotonic())
+        self._watch()
+
+    def _judge(self) -> None:
+        fullest = self.outbound.fullest
+        self._record.set(Counter.BUS_BACKLOG, self.outbound.queued_bytes)
+        if fullest > self.backlog:
+            self.congested = True
+        elif self.congested and fullest <= self.backlog // 2:
+            self.congested = False
+            self._release_publishers()
+
+    def _release_publishers(self) -> None:
+        callbacks, self._when_clear = self._when_clear, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback after congestion failed")
+
+    def on_clear(self, callback: Callable[[], None]) -> None:
+        """Call once when the bus is not congested (any more), or is closed."""
+        if self.congested and self._open:
+            self._when_clear.append(callback)
+        else:
+            self._loop.call_soon(callback)
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    def attach(self, channel: str, deliver: Deliver) -> None:
+        """See :meth:`ipc.inbound.Inbound.attach`."""
+        self.inbound.attach(channel, deliver)
+
+    def detach(self, channel: str) -> None:
+        """See :meth:`ipc.inbound.Inbound.detach`."""
+        self.inbound.detach(channel)
+
+    def _on_inbox(self) -> None:
+        self._read_scheduled = False
+        if self._open and self.inbound.read() and not self._read_scheduled:
+            # The descriptor will not tell again of what is there already.
+            self._read_scheduled = True
+            self._loop.call_soon(self._on_inbox)
+
+    def _on_outbound(self) -> None:
+        if self._open:
+            self.outbound.read_subscriptions()
+            if self.outbound.queued:
+                self._watch()
+
+    # -- the mesh --------------------------------------------------------------------------------------------------
+
+    def _on_ready(self, link: Link) -> None:
+        if not link.greeted:
+            link.greeted = True
+            self.outbound.control(link, FrameKind.HELLO)
+        if link.owes_hello:
+            link.owes_hello = False
+            self.outbound.control(link, FrameKind.HELLO_ACK)
+        self._changed.set()
+
+    def _on_change(self, link: Link) -> None:
+        self._changed.set()
+
+    def _on_control(self, header: Header) -> None:
+        key = (header.slot, header.epoch)
+        if header.kind == FrameKind.HELLO and key not in self.outbound.links:
+            self.outbound.refresh()
+        link = self.outbound.links.get(key)
+        if link is None:
+            return
+        if header.kind == FrameKind.HELLO:
+            self._answer(link)
+        elif header.kind == FrameKind.HELLO_ACK:
+            link.hello_answered = True
+        elif header.kind == FrameKind.BYE:
+            link.owes_bye = True
+            self._flush()
+            self._part(link)
+        elif header.kind == FrameKind.BYE_ACK:
+            link.bye_answered = True
+        self._changed.set()
+
+    def _answer(self, link: Link) -> None:
+        if link.ready:
+            self.outbound.control(link, FrameKind.HELLO_ACK)
+            self.outbound.after_sending()
+        else:
+            link.owes_hello = True
+
+    def _part(self, link: Link) -> None:
+        """Answer a BYE as soon as nothing of ours waits for the one who leaves."""
+        if link.owes_bye and link.ready and not link.outbox:
+            link.owes_bye = False
+            self.outbound.control(link, FrameKind.BYE_ACK)
+            self.outbound.after_sending()
+
+    def _tick(self) -> None:
+        if not self._open:
+            return
+        # First of all, so that nothing that goes wrong below ends the housekeeping.
+        self._tick_timer = self._loop.call_later(TICK, self._tick)
+        self._record.beat()
+        self._runtime.reap_dead()
+        self.outbound.tick(time.monotonic())
+        for link in tuple(self.outbound.links.values()):
+            self._part(link)
+        self._watch()
+        self._changed.set()
+        self._check_directory()
+
+    def _check_directory(self) -> None:
+        if not self._lost and not self._runtime.is_current():
+            self._lost = True
+            logger.error(
+                "%s was removed or replaced while this process uses it: who starts from now on does not see it",
+                self._runtime.path,
+            )

@@ -1,0 +1,402 @@
+"""The sending half of the mesh: which peers an envelope goes to, and one ZeroMQ socket that takes it there.
+
+Stands between whoever publishes (``bus.py`` on an event loop, ``publisher.py`` without one) and the inboxes of the
+others. One XPUB socket connects to the inbox of every living full peer; ``flow.py`` decides what may leave.
+
+The destinations of an envelope are looked up when its batch is built, on the board, and remembered only as long as no
+word of epochs, interest versions and states has changed: a subscription that its owner has confirmed is on the board
+before the confirmation, so it misses nothing that is published after.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import zmq
+
+from ipc import envelope as wire
+from ipc.board import Counter, fence
+from ipc.envelope import Envelope, FrameKind
+from ipc.flow import SendFlow, unpack_credit
+from ipc.interest import InterestKind, Place, PlaceCache, wanted
+from ipc.runtime import RuntimeDir, inbox_name
+
+logger = logging.getLogger("ipc")
+
+_ROUTES = 16384
+_FIRST_TAIL = 0.5
+_LONGEST_TAIL = 32.0
+
+# As plain numbers: the enumerations cost more than the calls.
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+_DONTWAIT = int(zmq.DONTWAIT)
+
+Key = tuple[int, int]
+"""(slot, epoch): who a peer is, for ever."""
+
+
+class Waiter(Protocol):
+    """Somebody who wants to know when an envelope has been dealt with by a peer, or the peer is gone."""
+
+    def one_done(self) -> None: ...
+
+
+class Link(SendFlow):
+    """One receiver, as this sender sees it."""
+
+    __slots__ = (
+        "bye_answered", "counted", "credit_index", "endpoint", "epoch", "greeted", "hello_answered", "map_offset",
+        "owes_bye", "owes_hello", "slot", "tail_at", "tail_pause", "tail_said", "to", "turn", "waiters",
+    )  # fmt: skip
+
+    def __init__(
+        self, slot: int, epoch: int, endpoint: str, backlog: int, credit_index: int, map_offset: int
+    ) -> None:
+        super().__init__(backlog=backlog)
+        self.slot = slot
+        self.epoch = epoch
+        self.endpoint = endpoint
+        self.to = wire.destination(slot, epoch)
+        self.credit_index = credit_index
+        self.map_offset = map_offset
+        self.turn: list[bytes] = []
+        """What this turn has brought for it."""
+        self.counted = 0
+        """How much of ``dropped`` is on the board."""
+        self.greeted = False
+        """It was told HELLO, so the way there is open and it knows us."""
+        self.hello_answered = False
+        self.owes_hello = False
+        """It waits for our HELLO_ACK, which we can send when its subscription is seen."""
+        self.owes_bye = False
+        self.bye_answered = False
+        self.tail_at = 0.0
+        self.tail_pause = _FIRST_TAIL
+        self.tail_said = (0, 0)
+        self.waiters: deque[tuple[int, Waiter]] = deque()
+
+    @property
+    def key(self) -> Key:
+        """Who it is."""
+        return self.slot, self.epoch
+
+
+class Outbound:
+    """The sender. Open from the constructor on; :meth:`close` it. Belongs to one thread."""
+
+    def __init__(
+        self,
+        runtime: RuntimeDir,
+        slot: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        backlog: int,
+        *,
+        lossless: bool = False,
+    ) -> None:
+        self.backlog = backlog
+        self.drop_fraction = 0.0
+        """Test hook: so many of the DATA frames are lost on purpose, between numbering and sending."""
+        self.on_ready: Callable[[Link], None] = _ignore
+        """Called when a peer's subscription was seen."""
+        self.on_gone: Callable[[Link], None] = _ignore
+        """Called when a peer has left or died."""
+        self.links: dict[Key, Link] = {}
+        self._runtime = runtime
+        self._board = runtime.board
+        self._lossless = lossless
+        self._slot = slot
+        self._epoch = self._board.record(slot).epoch
+        self._record = self._board.record(slot)
+        self._signed = self._board.signed
+        self._sent_index = self._record.counter_index(Counter.BUS_SENT)
+        self._seen = b""
+        self._members: set[Key] = set()
+        self._routes: dict[tuple[str, str], tuple[Link, ...]] = {}
+        self._places = PlaceCache()
+        self._queued: dict[Key, Link] = {}
+        """Links whose outbox is not empty."""
+        self._unready: set[Key] = set()
+        """Links whose subscription we have not seen."""
+        self._socket = context.socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self.fd = int(self._socket.get(zmq.FD))
+
+    # -- who is there ----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Look at the board: connect to who came, disconnect from who left, forget routes when anything changed."""
+        words = self._board.full_words()
+        if words == self._seen:
+            return
+        fence()
+        self._seen = words
+        self._routes.clear()
+        members = {key for key in self._board.live_full_slots() if key[0] != self._slot}
+        if members == self._members:
+            return
+        for key in self._members - members:
+            self._forget(self.links[key])
+        for slot, epoch in members - self._members:
+            self._connect(slot, epoch)
+        self._members = members
+
+    def _connect(self, slot: int, epoch: int) -> None:
+        endpoint = f"ipc:///proc/self/fd/{self._runtime.fd}/{inbox_name(slot, epoch)}"
+        backlog = 1 << 62 if self._lossless else self.backlog
+        link = Link(
+            slot,
+            epoch,
+            endpoint,
+            backlog,
+            self._board.credit_index(slot, self._slot),
+            self._board.map_offset(slot),
+        )
+        self.links[link.key] = link
+        self._unready.add(link.key)
+        self._socket.connect(endpoint)
+
+    def _forget(self, link: Link) -> None:
+        self.read_credit(link)
+        lost = link.abandon()
+        if lost:
+            logger.warning("peer %d.%d is gone; %d messages for it are dropped", link.slot, link.epoch, lost)
+        self._count_dropped(link)
+        del self.links[link.key]
+        self._queued.pop(link.key, None)
+        self._unready.discard(link.key)
+        while link.waiters:
+            link.waiters.popleft()[1].one_done()
+        try:
+            self._socket.disconnect(link.endpoint)
+        except zmq.ZMQError as error:
+            logger.debug("disconnect from %s: %s", link.endpoint, error)
+        self.on_gone(link)
+
+    def read_subscriptions(self) -> None:
+        """Read what the socket has to say: after each event, and see :meth:`after_sending`."""
+        socket = self._socket
+        while socket.get(_EVENTS) & _POLLIN:  # type: ignore[operator]
+            frame = socket.recv(_DONTWAIT)
+            if len(frame) != 1 + wire.DESTINATION_BYTES:
+                continue
+            link = self.links.get(wire.parse_destination(frame[1:]))
+            if link is None:
+                continue
+            link.ready = frame[0] == 1
+            if link.ready:
+                self._unready.discard(link.key)
+                self.on_ready(link)
+                self._advance(link)
+            else:
+                self._unready.add(link.key)
+
+    # -- where to --------------------------------------------------------------------------------------------------
+
+    def route(self, envelope: Envelope) -> Iterable[Link]:
+        """The peers that an envelope concerns, each once; true as long as :meth:`refresh` finds nothing new."""
+        if envelope.kind == wire.TOPIC:
+            key = (envelope.channel, envelope.topic)
+            links = self._routes.get(key)
+            if links is None:
+                links = self._remember(key, self._places.topic(*key))
+            return links
+        if envelope.kind == wire.BROADCAST:
+            # No topic is empty, so the key is free for the broadcasts of a channel.
+            key = (envelope.channel, "")
+            links = self._routes.get(key)
+            if links is None:
+                links = self._remember(key, (self._places.other(InterestKind.CHANNEL, envelope.channel, ""),))
+            return links
+        places = [
+            self._places.other(InterestKind.CONN, envelope.channel, conn_id) for conn_id in envelope.conn_ids
+        ]
+        return self._wanting(places)
+
+    def _remember(self, key: tuple[str, str], places: tuple[Place, ...]) -> tuple[Link, ...]:
+        if len(self._routes) >= _ROUTES:
+            self._routes.clear()
+        links = self._routes[key] = self._wanting(places)
+        return links
+
+    def _wanting(self, places: Iterable[Place]) -> tuple[Link, ...]:
+        memory = self._board.memory
+        return tuple(link for link in self.links.values() if wanted(memory, link.map_offset, places))
+
+    # -- on the way ------------------------------------------------------------------------------------------------
+
+    def send(self, entries: Iterable[tuple[Envelope, bytes | None]]) -> None:
+        """Send envelopes (with their encoded form, when there is one yet) to whom they concern, in this order."""
+        self.refresh()
+        touched: dict[Key, Link] = {}
+        for envelope, encoded in entries:
+            links = self.route(envelope)
+            if not links:
+                continue
+            if encoded is None:
+                encoded = wire.encode(envelope)
+            for link in links:
+                if not link.turn:
+                    touched[link.slot, link.epoch] = link
+                link.turn.append(encoded)
+        for link in touched.values():
+            self.give_turn(link)
+        self.after_sending()
+
+    def after_sending(self) -> None:
+        """The socket's descriptor is edge-triggered, and a send may swallow the signal that a subscription has come in.
+
+        To be called after each burst of sends; looks only while a subscription is still due.
+        """
+        if self._unready:
+            self.read_subscriptions()
+
+    def give_turn(self, link: Link) -> None:
+        """Make batches of what a turn has brought for a peer and let leave what may."""
+        turn = link.turn
+        link.turn = []
+        self._signed[self._sent_index] += len(turn)
+        body = b"".join(turn)
+        if len(body) <= wire.BATCH_TARGET:
+            link.offer(body, len(turn))
+        else:
+            for part in _split(turn):
+                link.offer(b"".join(part), len(part))
+        self._advance(link)
+
+    def _advance(self, link: Link) -> None:
+        """Send what the window permits; remember the link while something is left."""
+        while True:
+            batch = link.take()
+            if batch is not None:
+                if not self.drop_fraction or random.random() >= self.drop_fraction:
+                    number, envelopes, body = batch
+                    self._socket.send(
+                        wire.data_frame(
+                            link.to, self._slot, self._epoch, number, envelopes, link.position, body
+                        ),
+                        _DONTWAIT,
+                    )
+            elif not link.outbox or not self.read_credit(link):
+                break
+        if link.outbox:
+            self._queued[link.key] = link
+        else:
+            self._queued.pop(link.key, None)
+        if link.dropped != link.counted:
+            self._count_dropped(link)
+
+    def control(self, link: Link, kind: FrameKind) -> None:
+        """Send a control message; only to a link that is ready."""
+        self._socket.send(
+            wire.control_frame(link.to, kind, self._slot, self._epoch, link.last_number, link.position),
+            _DONTWAIT,
+        )
+
+    def read_credit(self, link: Link) -> bool:
+        """Look on the board how far a peer has come; True when it has moved."""
+        was_stalled = link.stalled
+        if not link.credit(unpack_credit(self._board.words[link.credit_index], self._epoch)):
+            return False
+        link.tail_pause = _FIRST_TAIL
+        while link.waiters and link.waiters[0][0] <= link.acked_number:
+            link.waiters.popleft()[1].one_done()
+        if was_stalled:
+            logger.warning("peer %d.%d moves again; %d messages for it were dropped", *link.key, link.dropped)
+        return True
+
+    def _count_dropped(self, link: Link) -> None:
+        self._record.add(Counter.BUS_DROPPED, link.dropped - link.counted)
+        link.counted = link.dropped
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    @property
+    def queued(self) -> bool:
+        """Something waits in an outbox: look at the credits soon."""
+        return bool(self._queued)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes in all outboxes."""
+        return sum(link.outbox_bytes for link in self._queued.values())
+
+    @property
+    def fullest(self) -> int:
+        """Bytes in the fullest outbox of those that publishers have to wait for."""
+        return max(
+            (link.outbox_bytes for link in self._queued.values() if self._lossless or not link.stalled),
+            default=0,
+        )
+
+    def poll(self, now: float) -> None:
+        """Look at the credits of the peers with something in their outbox, and send on."""
+        for link in tuple(self._queued.values()):
+            self.read_credit(link)
+            self._observe(link, now)
+            self._advance(link)
+        self.after_sending()
+
+    def tick(self, now: float) -> None:
+        """A few times a second: look at everybody, judge who stands still, repeat last numbers."""
+        self.refresh()
+        for link in tuple(self.links.values()):
+            self.read_credit(link)
+            self._observe(link, now)
+            self._advance(link)
+            self._repeat_tail(link, now)
+        self.read_subscriptions()
+
+    def _observe(self, link: Link, now: float) -> None:
+        if link.observe(now):
+            logger.warning(
+                "peer %d.%d stands still; what exceeds its outbox of %d bytes is dropped",
+                *link.key,
+                self.backlog,
+            )
+
+    def _repeat_tail(self, link: Link, now: float) -> None:
+        said = (link.last_number, link.position)
+        if not link.ready or now < link.tail_at or (said == link.tail_said and link.acked == link.position):
+            return
+        # Ever more rarely as long as nothing moves: a stopped process must not be sent these for ever.
+        link.tail_pause = _FIRST_TAIL if said != link.tail_said else min(link.tail_pause * 2, _LONGEST_TAIL)
+        link.tail_at = now + link.tail_pause
+        link.tail_said = said
+        self.control(link, FrameKind.TAIL)
+
+    def forget_all(self) -> None:
+        """Everybody is gone."""
+        for link in tuple(self.links.values()):
+            self._forget(link)
+        self._members.clear()
+        self._routes.clear()
+
+    def close(self) -> None:
+        """Close the socket; what was not processed by then counts as dropped."""
+        self.forget_all()
+        self._socket.close(0)
+
+
+def _split(turn: list[bytes]) -> Iterator[list[bytes]]:
+    """Parts of at most :data:`ipc.envelope.BATCH_TARGET` bytes; a larger envelope is a part of its own."""
+    part: list[bytes] = []
+    size = 0
+    for encoded in turn:
+        if part and size + len(encoded) > wire.BATCH_TARGET:
+            yield part
+            part, size = [], 0
+        part.append(encoded)
+        size += len(encoded)
+    yield part
+
+
+def _ignore(link: Link) -> None:
+    pass

@@ -1,0 +1,460 @@
+"""A publisher: how any other program of the host (a cron job, a Celery task, a web application) publishes to a hub.
+
+Stands where messages enter the bus from outside. It has a slot of its own and sends straight to the inboxes of the
+interested processes; it receives nothing. A publish ends when each of them has processed the message, which they say on
+the board: there is no answer to wait for on a socket, so the board is looked at until it says so, or time is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from ipc import envelope as wire
+from ipc.board import FULL_SLOTS, PeerKind, SlotState
+from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope
+from ipc.flow import BACKLOG
+from ipc.outbound import Link, Outbound
+from ipc.runtime import RuntimeDir, default_runtime_dir
+from ipc.topics import InvalidTopic, check_topic
+
+__all__ = ["AsyncPublisher", "BusTimeout", "HubNotFound", "InvalidTopic", "Publisher"]
+
+T = TypeVar("T")
+
+_SHORTEST_PAUSE = 20e-6
+_LONGEST_PAUSE = 1e-3
+_OPEN_PAUSE = 5e-3
+_TICK = 0.25
+_ASYNC_POLL = 1e-3
+_TRUST = 0.05
+"""Seconds for which the directory is taken for the same without looking."""
+
+
+class BusTimeout(TimeoutError):
+    """Not every interested process has processed the message in time; it may still do so."""
+
+
+class HubNotFound(ConnectionError):
+    """No hub runs in the runtime directory. The text says where it was looked for."""
+
+
+class Publisher:
+    """Publishes to the hub of a runtime directory, as a blocking or as an asynchronous context manager::
+
+        with Publisher("/dev/shm/flockwire-1000/8000") as publisher:
+            publisher.publish("room/1", {"x": 1})
+
+        async with Publisher("/dev/shm/flockwire-1000/8000") as publisher:
+            await publisher.publish("room/1", {"x": 1})
+
+    The blocking form may be shared by threads: calls come one after the other. Used after a fork, it opens anew in the
+    child. When the hub was restarted, the next publish finds the new one.
+
+    Args:
+        runtime_dir: where the hub runs; None: ``FLOCKWIRE_RUNTIME_DIR``, else where a bare ``ipc://`` leads.
+        channel: the manager's ``broker_channel``; ``hub`` is the built-in hub's.
+        timeout: seconds that each call may take when it is not given one.
+    """
+
+    def __init__(
+        self, runtime_dir: str | os.PathLike[str] | None = None, channel: str = "hub", timeout: float = 5.0
+    ):
+        if runtime_dir is None:
+            runtime_dir = os.environ.get("FLOCKWIRE_RUNTIME_DIR") or default_runtime_dir()
+        self.runtime_dir = os.fspath(runtime_dir)
+        self.channel = channel
+        self.timeout = timeout
+        self._sender: _Sender | None = None
+        self._mutex = threading.Lock()
+        self._async: AsyncPublisher | None = None
+
+    def publish(self, topic: str, data: object, *, timeout: float | None = None) -> None:
+        """Publish ``data`` (anything msgspec makes JSON of) to the subscribers of a topic.
+
+        Returns when every process with an interested subscriber has processed it.
+
+        Raises:
+            InvalidTopic: the topic is none that can be published to.
+            BusTimeout: not all of them have, within ``timeout`` seconds.
+            HubNotFound: no hub runs there.
+            TypeError: the data cannot be JSON.
+            ValueError: it has more than 16 MiB.
+        """
+        return self._run(_to_topic(self.channel, topic, data), timeout)
+
+    def broadcast(self, data: object, *, timeout: float | None = None) -> None:
+        """Publish to every connection of the channel; as :meth:`publish` otherwise."""
+        return self._run(_to_all(self.channel, data), timeout)
+
+    def send(self, conn_id: str | Iterable[str], data: object, *, timeout: float | None = None) -> None:
+        """Send to the connections with this conn_id, or these; as :meth:`publish` otherwise."""
+        return self._run(_to_connections(self.channel, conn_id, data), timeout)
+
+    def _run(self, envelope: Envelope, timeout: float | None) -> None:
+        if self._async is not None:
+            # Opened by `async with`, but called through this object: the caller awaits what it gets.
+            return self._async._run(envelope, timeout)  # type: ignore[return-value]
+        with self._mutex:
+            self._publish(envelope, self.timeout if timeout is None else timeout)
+
+    def _publish(self, envelope: Envelope, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        sender = self._opened(deadline)
+        while sender.is_full():
+            self._wait_a_moment(sender, deadline, _LONGEST_PAUSE, timeout)
+        delivery = Delivery()
+        sender.submit([(envelope, wire.encode(envelope), delivery)])
+        pause = _SHORTEST_PAUSE
+        while delivery.remaining:
+            self._wait_a_moment(sender, deadline, pause, timeout)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+    def _wait_a_moment(self, sender: _Sender, deadline: float, pause: float, timeout: float) -> None:
+        if time.monotonic() > deadline:
+            raise BusTimeout(_late(timeout, sender) + _loop_hint())
+        time.sleep(pause)
+        sender.poll(time.monotonic())
+
+    def _opened(self, deadline: float) -> _Sender:
+        sender = self._sender
+        if sender is not None and sender.pid != os.getpid():
+            # Sockets of the parent: not ours to use, nor to close.
+            sender = self._sender = None
+        if sender is not None and not sender.hub_is_there():
+            self._sender = None
+            sender.close()
+            sender = None
+        if sender is None:
+            sender = self._sender = _drive(_opening(self.runtime_dir, deadline))
+        return sender
+
+    def open(self) -> None:
+        """Find the hub now rather than at the first publish.
+
+        Raises:
+            HubNotFound: no hub runs there.
+        """
+        with self._mutex:
+            self._opened(time.monotonic() + self.timeout)
+
+    def close(self) -> None:
+        """Give the slot back; may be called twice, and the publisher be used again after."""
+        with self._mutex:
+            sender, self._sender = self._sender, None
+            if sender is not None and sender.pid == os.getpid():
+                sender.close()
+
+    def __enter__(self) -> Publisher:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> AsyncPublisher:
+        if self._async is not None:
+            raise RuntimeError("this publisher is open already")
+        opened = AsyncPublisher(self.runtime_dir, self.channel, self.timeout)
+        await opened.open()
+        self._async = opened
+        return opened
+
+    async def __aexit__(self, *_: object) -> None:
+        opened, self._async = self._async, None
+        if opened is not None:
+            await opened.close()
+
+
+class AsyncPublisher:
+    """What ``async with Publisher(…)`` gives: the same calls, to be awaited. Many may be under way at once.
+
+    Belongs to the event loop it was opened on.
+    """
+
+    def __init__(self, runtime_dir: str, channel: str, timeout: float) -> None:
+        self.runtime_dir = runtime_dir
+        self.channel = channel
+        self.timeout = timeout
+        self._sender: _Sender | None = None
+        self._opening = asyncio.Lock()
+        self._turn: list[tuple[Envelope, bytes, Delivery]] = []
+        self._poller: asyncio.TimerHandle | None = None
+        self._due = 0
+        self._closed = False
+
+    async def publish(self, topic: str, data: object, *, timeout: float | None = None) -> None:
+        """See :meth:`Publisher.publish`."""
+        await self._run(_to_topic(self.channel, topic, data), timeout)
+
+    async def broadcast(self, data: object, *, timeout: float | None = None) -> None:
+        """See :meth:`Publisher.broadcast`."""
+        await self._run(_to_all(self.channel, data), timeout)
+
+    async def send(self, conn_id: str | Iterable[str], data: object, *, timeout: float | None = None) -> None:
+        """See :meth:`Publisher.send`."""
+        await self._run(_to_connections(self.channel, conn_id, data), timeout)
+
+    async def _run(self, envelope: Envelope, timeout: float | None) -> None:
+        timeout = self.timeout if timeout is None else timeout
+        encoded = wire.encode(envelope)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                sender = await self._opened(timeout)
+                # Room comes by credits on the board, not by an event.
+                while sender.is_full():  # noqa: ASYNC110
+                    await asyncio.sleep(_ASYNC_POLL)
+                future: asyncio.Future[None] = loop.create_future()
+                delivery = Delivery(lambda: None if future.done() else future.set_result(None))
+                if not self._turn:
+                    loop.call_soon(self._flush)
+                self._turn.append((envelope, encoded, delivery))
+                await future
+        except TimeoutError:
+            raise BusTimeout(_late(timeout, self._sender)) from None
+
+    def _flush(self) -> None:
+        turn, self._turn = self._turn, []
+        sender = self._sender
+        if sender is None:
+            return
+        sender.submit(turn)
+        self._poll_soon(_ASYNC_POLL)
+
+    def _poll_soon(self, pause: float) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+        self._poller = asyncio.get_running_loop().call_later(pause, self._poll)
+
+    def _poll(self) -> None:
+        self._poller = None
+        if self._sender is not None:
+            self._sender.poll(time.monotonic())
+            self._poll_soon(_ASYNC_POLL if self._sender.waiting else _TICK)
+
+    async def _opened(self, timeout: float) -> _Sender:
+        if self._closed:
+            raise RuntimeError("this publisher is closed")
+        sender = self._sender
+        if sender is not None and sender.hub_is_there():
+            return sender
+        async with self._opening:
+            if self._sender is not None and self._sender is not sender:
+                return self._sender
+            self._drop_sender()
+            steps = _opening(self.runtime_dir, time.monotonic() + timeout)
+            sender = self._sender = await _drive_async(steps)
+            self._poll_soon(_TICK)
+            return sender
+
+    def _drop_sender(self) -> None:
+        sender, self._sender = self._sender, None
+        if self._poller is not None:
+            self._poller.cancel()
+            self._poller = None
+        if sender is not None:
+            sender.close()
+
+    async def open(self) -> None:
+        """Find the hub; raises :class:`HubNotFound` when there is none."""
+        await self._opened(self.timeout)
+
+    async def close(self) -> None:
+        """Give the slot back."""
+        self._closed = True
+        self._drop_sender()
+
+
+class Delivery:
+    """Counts down the processes that have yet to process one message."""
+
+    __slots__ = ("_done", "remaining")
+
+    def __init__(self, done: object = None) -> None:
+        self.remaining = 0
+        self._done = done
+
+    def one_done(self) -> None:
+        """One of them has, or is gone."""
+        self.remaining -= 1
+        if self.remaining == 0 and callable(self._done):
+            self._done()
+
+
+class _Sender:
+    """An open publisher: slot, socket, board. No loop and no thread: its owner calls :meth:`poll`."""
+
+    def __init__(self, runtime: RuntimeDir, slot: int) -> None:
+        self.pid = os.getpid()
+        self._runtime = runtime
+        self._record = runtime.board.record(slot)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._outbound = Outbound(runtime, slot, self._context, BACKLOG, lossless=True)
+        self._outbound.refresh()
+        self._next_tick = 0.0
+        self._looked = time.monotonic()
+        self._record.state = SlotState.READY
+
+    def hub_is_there(self) -> bool:
+        """False when the directory was given to another hub, or everybody in it is gone."""
+        now = time.monotonic()
+        if now - self._looked < _TRUST and self._outbound.links:
+            return True
+        self._looked = now
+        if not self._runtime.is_current():
+            return False
+        self._outbound.refresh()
+        return bool(self._outbound.links)
+
+    def is_full(self) -> bool:
+        """Too much waits for somebody to take more."""
+        return self._outbound.fullest > BACKLOG
+
+    @property
+    def waiting(self) -> bool:
+        """Somebody has yet to process something."""
+        return any(link.waiters for link in self._outbound.links.values())
+
+    @property
+    def late(self) -> list[int]:
+        """The slots of those who have yet to process something."""
+        return [link.slot for link in self._outbound.links.values() if link.waiters]
+
+    def submit(self, entries: Iterable[tuple[Envelope, bytes, Delivery]]) -> None:
+        """Send messages; the delivery of each that concerns nobody is done at once."""
+        outbound = self._outbound
+        outbound.refresh()
+        touched: dict[tuple[int, int], Link] = {}
+        for envelope, encoded, delivery in entries:
+            # Held back by one until all have it, or the first to be gone could end it.
+            delivery.remaining = 1
+            for link in outbound.route(envelope):
+                delivery.remaining += 1
+                link.turn.append(encoded)
+                link.waiters.append((link.number + len(link.turn), delivery))
+                touched[link.key] = link
+            delivery.one_done()
+        for link in touched.values():
+            outbound.give_turn(link)
+        outbound.after_sending()
+
+    def poll(self, now: float) -> None:
+        """Look at the credits, send what waits; now and then see who has died."""
+        outbound = self._outbound
+        outbound.poll(now)
+        for link in outbound.links.values():
+            if link.waiters:
+                outbound.read_credit(link)
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK
+            self._record.beat()
+            if self._runtime.is_current():
+                self._runtime.reap_dead()
+                outbound.tick(now)
+            else:
+                outbound.forget_all()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._outbound.close()
+        self._context.term()
+        self._runtime.close()
+
+
+def _to_topic(channel: str, topic: str, data: object) -> Envelope:
+    check_topic(topic)
+    return Envelope(TOPIC, channel, topic, msgspec.json.encode(data))
+
+
+def _to_all(channel: str, data: object) -> Envelope:
+    return Envelope(BROADCAST, channel, "", msgspec.json.encode(data))
+
+
+def _to_connections(channel: str, conn_id: str | Iterable[str], data: object) -> Envelope:
+    conn_ids = (conn_id,) if isinstance(conn_id, str) else tuple(conn_id)
+    return Envelope(DIRECT, channel, "", msgspec.json.encode(data), conn_ids)
+
+
+def _opening(path: str, deadline: float) -> Generator[float, None, _Sender]:
+    """Open a publisher; yields the seconds to pause while the directory is locked or the hub about to start.
+
+    Raises:
+        HubNotFound: there is no hub, or it did not start in time.
+        RuntimeDirError: the directory cannot be used.
+    """
+    while True:
+        try:
+            sender = _try_open(path)
+        except FileNotFoundError:
+            raise HubNotFound(f"no hub runs in {path}: there is no such runtime directory") from None
+        if sender is not None:
+            return sender
+        if time.monotonic() > deadline:
+            raise HubNotFound(f"no worker is ready in {path}, though its supervisor runs")
+        yield _OPEN_PAUSE
+
+
+def _try_open(path: str) -> _Sender | None:
+    """One attempt; None when it is worth another."""
+    runtime = RuntimeDir.enter(path, create=False)
+    if runtime is None:
+        return None
+    try:
+        runtime.open_board()
+        runtime.reap_dead()
+        if not any(slot < FULL_SLOTS for slot in runtime.living()):
+            if not runtime.supervisor_lives():
+                raise HubNotFound(f"no hub runs in {path}: nobody in it is alive")
+            runtime.unlock_directory()
+            runtime.close()
+            return None
+        slot = runtime.claim(PeerKind.PUBLISHER)
+        sender = _Sender(runtime, slot)
+    except BaseException:
+        runtime.unlock_directory()
+        runtime.close()
+        raise
+    runtime.unlock_directory()
+    return sender
+
+
+def _drive(steps: Generator[float, None, T]) -> T:
+    while True:
+        try:
+            time.sleep(next(steps))
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+async def _drive_async(steps: Generator[float, None, T]) -> T:
+    while True:
+        try:
+            pause = next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        await asyncio.sleep(pause)
+
+
+def _late(timeout: float, sender: _Sender | None) -> str:
+    late = sender.late if sender is not None else []
+    who = f" (slots {', '.join(map(str, late))})" if late else ""
+    return f"not processed by every interested process{who} within {timeout:g} s; it may still arrive"
+
+
+def _loop_hint() -> str:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return ""
+    return "; this call blocked an event loop: if that loop serves the hub, use `async with`"

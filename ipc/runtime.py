@@ -1,0 +1,562 @@
+"""The runtime directory: one private place on a host where the processes of a hub meet.
+
+Stands before the way of a message: whoever wants on the bus goes through here for its slot, the board and the names of
+the inboxes. The supervisor uses it without loading ZeroMQ or an event loop.
+
+What holds:
+
+- The directory is ours, 0700 and no symbolic link; its files are opened relative to its descriptor, so nobody can slip
+  another directory under a process that has checked this one.
+- Who lives is told by locks (``locks.py``): byte 0 of the lock file is the *directory lock*, held for the moments in
+  which somebody joins, cleans or removes; byte 1 is the supervisor's; each slot has one more.
+- Who holds a slot's lock is the one writer of that slot's bytes on the board. When an owner dies the kernel frees its
+  lock, and the first process to see it takes the lock, clears up after it and lets go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import stat
+import tempfile
+import time
+from typing import TYPE_CHECKING
+
+from ipc.board import BOARD_NAME, FULL_SLOTS, SLOTS, Board, BoardError, PeerKind, SlotState
+from ipc.locks import LockFile, open_lock_file
+
+if TYPE_CHECKING:
+    from ipc.rules import Rules
+
+logger = logging.getLogger("ipc")
+
+LOCK_NAME = "lock"
+RULES_NAME = "rules.json"
+CONTROL_NAME = "control.sock"
+PID_NAME = "supervisor.pid"
+_OUR_FILES = (
+    CONTROL_NAME,
+    PID_NAME,
+    RULES_NAME,
+    f"{RULES_NAME}.new",
+    BOARD_NAME,
+    f"{BOARD_NAME}.new",
+    LOCK_NAME,
+)
+_INBOX = re.compile(r"i(\d{1,3})\.(\d{1,10})")
+
+_DIRECTORY_BYTE = 0
+_SUPERVISOR_BYTE = 1
+_FIRST_SLOT_BYTE = 16
+
+_RETRY = 0.005
+"""Seconds between two looks at a directory lock that somebody holds; it is held for milliseconds."""
+
+
+class RuntimeDirError(Exception):
+    """The runtime directory cannot be used. The text says which, why and what to do."""
+
+
+class DirectoryInUse(RuntimeDirError):
+    """Living processes use the directory already."""
+
+
+class NoFreeSlot(RuntimeDirError):
+    """As many processes as the board has room for are there."""
+
+
+class RulesMismatch(RuntimeDirError):
+    """This process was given other topic rules than the hub that is running."""
+
+
+def default_runtime_dir(port: int | None = None) -> str:
+    """Where the hub of a port meets by default; without a port, where a bare ``ipc://`` does.
+
+    ``/dev/shm`` where it can be used, else ``XDG_RUNTIME_DIR``, else the directory for temporary files.
+    """
+    name = f"flockwire-{os.geteuid()}"
+    leaf = "default" if port is None else str(port)
+    # A directory in memory, private (0700) and checked to be ours before it is used.
+    candidates = ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir())  # noqa: S108
+    for base in candidates:
+        if base and os.path.isdir(base) and os.access(base, os.W_OK | os.X_OK):
+            return os.path.join(base, name, leaf)
+    return os.path.join(candidates[-1], name, leaf)
+
+
+class RuntimeDir:
+    """An open runtime directory, made by :meth:`open`, :meth:`join` or :meth:`supervise`; :meth:`close` gives it back.
+
+    Useless in a forked child (the child opens its own); there :meth:`close` does nothing.
+    """
+
+    def __init__(self, path: str, fd: int, locks: LockFile) -> None:
+        self.path = path
+        self.fd = fd
+        """Descriptor of the directory; the names of inboxes are relative to it."""
+        self._locks = locks
+        self._board: Board | None = None
+        self._mine: set[int] = set()
+        self._supervising = False
+        self._pid = os.getpid()
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str, *, create: bool = True) -> RuntimeDir:
+        """Open a directory after checking it; nothing is locked, cleaned or read yet.
+
+        Raises:
+            FileNotFoundError: it is missing and ``create`` is false.
+            RuntimeDirError: it is not ours alone, or cannot be opened or made.
+        """
+        path = os.path.abspath(path)
+        fd = _open_directory(path, create)
+        try:
+            return cls(path, fd, open_lock_file(LOCK_NAME, fd, create=create))
+        except FileNotFoundError:
+            os.close(fd)
+            raise
+        except OSError as error:
+            os.close(fd)
+            raise RuntimeDirError(f"{path}/{LOCK_NAME}: {error.strerror}") from error
+
+    @classmethod
+    def enter(cls, path: str, *, create: bool = True) -> RuntimeDir | None:
+        """Open a directory and take its directory lock, in one attempt; None when somebody holds it just now.
+
+        Who gets a directory here must call :meth:`unlock_directory`.
+
+        Raises:
+            FileNotFoundError: it is missing and ``create`` is false.
+            RuntimeDirError: see :meth:`open`.
+        """
+        runtime = cls.open(path, create=create)
+        if runtime._locks.try_lock(_DIRECTORY_BYTE):
+            if runtime.is_current():
+                return runtime
+            # It was removed between our opening it and our getting the lock: try again with what is there now.
+            runtime.unlock_directory()
+        runtime.close()
+        return None
+
+    @classmethod
+    def join(
+        cls,
+        path: str,
+        kind: PeerKind,
+        *,
+        listener: int | None = None,
+        create: bool = True,
+        timeout: float = 5.0,
+    ) -> tuple[RuntimeDir, int]:
+        """Enter a directory, clean it if nobody lives in it, and claim a slot there.
+
+        Returns:
+            The directory and the slot. The slot's state is FREE until its owner sets it.
+
+        Raises:
+            FileNotFoundError: it is missing and ``create`` is false.
+            NoFreeSlot: every slot of this kind is taken.
+            RuntimeDirError: see :meth:`open`; or the directory stayed locked for ``timeout`` seconds.
+        """
+        runtime = cls._enter_within(path, create, timeout)
+        try:
+            runtime.prepare()
+            slot = runtime.claim(kind, listener)
+        except BaseException:
+            runtime.unlock_directory()
+            runtime.close()
+            raise
+        runtime.unlock_directory()
+        return runtime, slot
+
+    @classmethod
+    def supervise(cls, path: str, *, timeout: float = 5.0) -> RuntimeDir:
+        """Take a directory as its supervisor: clean what a dead hub has left, make a new board.
+
+        Raises:
+            DirectoryInUse: another supervisor, or any process with an inbox, lives in it.
+            RuntimeDirError: see :meth:`open`.
+        """
+        runtime = cls._enter_within(path, True, timeout)
+        try:
+            runtime._refuse_if_in_use()
+            runtime._locks.try_lock(_SUPERVISOR_BYTE)
+            runtime._supervising = True
+            runtime._clean()
+        except BaseException:
+            runtime.unlock_directory()
+            runtime.close()
+            raise
+        runtime.unlock_directory()
+        return runtime
+
+    @classmethod
+    def _enter_within(cls, path: str, create: bool, timeout: float) -> RuntimeDir:
+        deadline = time.monotonic() + timeout
+        while True:
+            runtime = cls.enter(path, create=create)
+            if runtime is not None:
+                return runtime
+            if time.monotonic() > deadline:
+                raise RuntimeDirError(locked_too_long(path, timeout))
+            time.sleep(_RETRY)
+
+    def unlock_directory(self) -> None:
+        """Let go of the directory lock."""
+        self._locks.unlock(_DIRECTORY_BYTE)
+
+    def prepare(self) -> None:
+        """Bring the directory into use; the directory lock is held.
+
+        Nobody lives in it: what is there is swept away and a new board made. Somebody does: the board is opened and
+        the dead are cleared away.
+
+        Raises:
+            RuntimeDirError: the board is none of ours, or there is no room for one.
+        """
+        if self._in_use():
+            self._open_board()
+            self.reap_dead()
+            self.sweep()
+        else:
+            self._clean()
+
+    def _in_use(self) -> bool:
+        """Somebody with an inbox, or a supervisor, lives here. Publishers alone are none: they find the new board."""
+        bytes_ = (_SUPERVISOR_BYTE, *range(_FIRST_SLOT_BYTE, _FIRST_SLOT_BYTE + FULL_SLOTS))
+        return any(self._locks.holder(byte) for byte in bytes_) and self._exists(BOARD_NAME)
+
+    def _refuse_if_in_use(self) -> None:
+        pid = self._locks.holder(_SUPERVISOR_BYTE)
+        if pid:
+            raise DirectoryInUse(
+                f"{self.path} is in use by another supervisor{_by(pid)}; stop it or name another"
+            )
+        for slot in range(FULL_SLOTS):
+            pid = self._locks.holder(_FIRST_SLOT_BYTE + slot)
+            if pid:
+                raise DirectoryInUse(
+                    f"{self.path} is in use by a running process{_by(pid)} (slot {slot}); stop it or name another"
+                )
+
+    def _clean(self) -> None:
+        for name in os.listdir(self.fd):
+            if _INBOX.fullmatch(name) or name in (CONTROL_NAME, PID_NAME, RULES_NAME, f"{RULES_NAME}.new"):
+                self._unlink(name)
+        try:
+            self._board = Board.create(self.fd)
+        except (BoardError, OSError) as error:
+            raise RuntimeDirError(f"{self.path}: {error}") from error
+
+    def _open_board(self) -> None:
+        try:
+            self._board = Board.open(self.fd)
+        except FileNotFoundError:
+            raise RuntimeDirError(f"{self.path} has no board: no hub was started in it") from None
+        except (BoardError, OSError) as error:
+            raise RuntimeDirError(f"{self.path}: {error}") from error
+
+    def open_board(self) -> Board:
+        """Map the board that is there, for a reader that claims no slot.
+
+        Raises:
+            RuntimeDirError: there is none, or it is none of ours.
+        """
+        if self._board is None:
+            self._open_board()
+        return self.board
+
+    @property
+    def board(self) -> Board:
+        """The board of the directory, once joined, supervised or opened."""
+        if self._board is None:
+            raise RuntimeError("the board is not open yet")
+        return self._board
+
+    def is_current(self) -> bool:
+        """True while this still is the directory, lock file and board that others find under this path."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return False
+        here = os.fstat(self.fd)
+        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino) or not self._locks.is_named(
+            LOCK_NAME, self.fd
+        ):
+            return False
+        return self._board is None or self._board.is_named(self.fd)
+
+    # -- slots -----------------------------------------------------------------------------------------------------
+
+    def claim(self, kind: PeerKind, listener: int | None = None, *, slot: int | None = None) -> int:
+        """Make a free slot ours and raise its epoch; the directory lock is held.
+
+        The one that was used least often is taken, so that what a dead owner leaves on the board (how far it had
+        come) can be read for long. ``slot`` asks for a certain one.
+
+        Raises:
+            NoFreeSlot: none is free.
+        """
+        slots = range(FULL_SLOTS, SLOTS) if kind is PeerKind.PUBLISHER else range(FULL_SLOTS)
+        records = [self.board.record(number) for number in (slots if slot is None else (slot,))]
+        for record in sorted(records, key=lambda record: record.epoch):
+            if record.state is SlotState.FREE and self._locks.try_lock(_FIRST_SLOT_BYTE + record.slot):
+                record.begin(kind, listener)
+                self._mine.add(record.slot)
+                return record.slot
+        what = "publishers" if kind is PeerKind.PUBLISHER else "processes on the bus"
+        raise NoFreeSlot(f"{self.path}: all {len(records)} places for {what} are taken; end one first")
+
+    def free(self, slot: int) -> None:
+        """Give a slot of ours back: nobody looks at it any more, its inbox is gone, its lock free."""
+        if slot not in self._mine:
+            return
+        self._mine.discard(slot)
+        self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
+        record = self.board.record(slot)
+        self._unlink(inbox_name(slot, record.epoch))
+        record.end()
+        self._locks.unlock(_FIRST_SLOT_BYTE + slot)
+
+    def slot_is_locked(self, slot: int) -> bool:
+        """True while the owner of a slot lives (ours too)."""
+        return self._locks.holder(_FIRST_SLOT_BYTE + slot) != 0
+
+    def living(self) -> list[int]:
+        """Slots whose owners live and have shown themselves on the board."""
+        return [slot for slot in self.board.used_slots() if self.slot_is_locked(slot)]
+
+    def supervisor_lives(self) -> bool:
+        """True while a supervisor holds this directory."""
+        return self._locks.holder(_SUPERVISOR_BYTE) != 0
+
+    def reap_dead(self) -> list[tuple[int, int]]:
+        """Clear up after owners that died without giving their slot back; any process may do so at any time.
+
+        Returns:
+            (slot, epoch) of each one that this call has cleared.
+        """
+        reaped = []
+        for slot in self.board.used_slots():
+            byte = _FIRST_SLOT_BYTE + slot
+            # Getting the lock proves that the owner is dead, and makes us the one writer of its bytes.
+            if self._locks.holder(byte) or not self._locks.try_lock(byte):
+                continue
+            record = self.board.record(slot)
+            if record.state is SlotState.FREE:
+                # Another one was faster, between our look at the state and our getting the lock.
+                self._locks.unlock(byte)
+                continue
+            reaped.append((slot, record.epoch))
+            logger.info("slot %d: its process (epoch %d) is gone, the slot is free again", slot, record.epoch)
+            self._vacate(slot)
+        return reaped
+
+    def sweep(self) -> list[str]:
+        """Delete inboxes that belong to nobody alive; the directory lock is held or this is the supervisor."""
+        removed = []
+        for name in os.listdir(self.fd):
+            match = _INBOX.fullmatch(name)
+            if match and not self._is_live_inbox(int(match[1]), int(match[2])):
+                self._unlink(name)
+                removed.append(name)
+        return removed
+
+    def _is_live_inbox(self, slot: int, epoch: int) -> bool:
+        return slot < FULL_SLOTS and self.board.record(slot).epoch == epoch and self.slot_is_locked(slot)
+
+    # -- rules -----------------------------------------------------------------------------------------------------
+
+    def agree(self, rules: Rules | None) -> Rules:
+        """The topic rules of the hub: the first process writes its own, a later one must bring the same or None.
+
+        The directory lock is held.
+
+        Raises:
+            RulesMismatch: this process was given others; names both values.
+            RuntimeDirError: the file cannot be read.
+        """
+        from ipc.rules import Rules
+
+        try:
+            fd = os.open(RULES_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except FileNotFoundError:
+            return Rules() if rules is None else self._write_rules(rules)
+        with open(fd, "rb") as file:
+            text = file.read()
+        try:
+            there = Rules.decode(text)
+        except ValueError as error:
+            raise RuntimeDirError(f"{self.path}/{RULES_NAME} cannot be read: {error}") from error
+        if rules is None:
+            return there
+        difference = rules.difference(there)
+        if difference is not None:
+            raise RulesMismatch(f"{self.path}: {difference}; give all processes of a hub the same rules")
+        return there
+
+    def _write_rules(self, rules: Rules) -> Rules:
+        temporary = f"{RULES_NAME}.new"
+        self._unlink(temporary)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(temporary, flags, 0o600, dir_fd=self.fd), "wb") as file:
+            file.write(rules.encode())
+        os.rename(temporary, RULES_NAME, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        return rules
+
+    # -- leaving ---------------------------------------------------------------------------------------------------
+
+    def remove(self, *, timeout: float = 5.0) -> bool:
+        """Delete the directory at an ordered stop; only names that are ours, and never through a link.
+
+        Returns:
+            False when others still live in it, or foreign files are: then what can go is gone and the directory stays.
+
+        Raises:
+            RuntimeDirError: the directory stayed locked for ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._locks.try_lock(_DIRECTORY_BYTE):
+            if time.monotonic() > deadline:
+                raise RuntimeDirError(locked_too_long(self.path, timeout))
+            time.sleep(_RETRY)
+        try:
+            return self._remove()
+        finally:
+            self.unlock_directory()
+
+    def _remove(self) -> bool:
+        for name in (CONTROL_NAME, PID_NAME):
+            self._unlink(name)
+        if not self.is_current():
+            return False
+        others = [slot for slot in range(FULL_SLOTS) if slot not in self._mine and self.slot_is_locked(slot)]
+        if others:
+            logger.info("%s stays: other processes still use it (slots %s)", self.path, others)
+            return False
+        for name in os.listdir(self.fd):
+            if name in _OUR_FILES or _INBOX.fullmatch(name):
+                self._unlink(name)
+        try:
+            os.rmdir(self.path)
+        except OSError as error:
+            logger.warning("%s stays: %s", self.path, error.strerror)
+            return False
+        # The directory of this user in /dev/shm goes with its last hub.
+        parent = os.path.dirname(self.path)
+        if os.path.basename(parent) == _user_directory():
+            with contextlib.suppress(OSError):
+                os.rmdir(parent)
+        return True
+
+    def _unlink(self, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.warning("%s/%s cannot be deleted: %s", self.path, name, error.strerror)
+
+    def _exists(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give back slots, board and descriptors; may be called twice. Nothing is deleted but our own inboxes."""
+        if self.fd < 0 or os.getpid() != self._pid:
+            return
+        for slot in tuple(self._mine):
+            self.free(slot)
+        if self._supervising:
+            self._locks.unlock(_SUPERVISOR_BYTE)
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        self._locks.release()
+        os.close(self.fd)
+        self.fd = -1
+
+    def __enter__(self) -> RuntimeDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def inbox_name(slot: int, epoch: int) -> str:
+    """The file name of an inbox, in the runtime directory."""
+    return f"i{slot}.{epoch}"
+
+
+def locked_too_long(path: str, timeout: float) -> str:
+    """The words for a directory lock that somebody does not let go."""
+    return f"{path}: another process has held the directory lock for {timeout:g} s; is one of them stopped?"
+
+
+def _by(pid: int) -> str:
+    return f" (pid {pid})" if pid > 0 else ""
+
+
+def _user_directory() -> str:
+    return f"flockwire-{os.geteuid()}"
+
+
+def _open_directory(path: str, create: bool) -> int:
+    """A descriptor of the checked directory."""
+    try:
+        if create:
+            _make_directories(path)
+        parent = os.path.dirname(path)
+        if os.path.basename(parent) == _user_directory():
+            # Its name can be guessed and /dev/shm is everybody's: another user may have been there first.
+            os.close(_open_checked(parent))
+        return _open_checked(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RuntimeDirError(f"{error.filename or path}: {error.strerror}") from error
+
+
+def _make_directories(path: str) -> None:
+    if os.path.lexists(path):
+        return
+    parent = os.path.dirname(path)
+    if parent != path:
+        _make_directories(parent)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    # A umask may have taken bits away from the mode.
+    os.chmod(path, 0o700)
+
+
+def _open_checked(path: str) -> int:
+    if os.path.islink(path):
+        raise RuntimeDirError(f"{path} is a symbolic link; name the directory itself")
+    if not os.path.isdir(path) and os.path.lexists(path):
+        raise RuntimeDirError(f"{path} is not a directory")
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(fd)
+    problem = None
+    if status.st_uid != os.geteuid():
+        problem = f"belongs to user {status.st_uid}, not to this one ({os.geteuid()}); name another directory"
+    elif stat.S_IMODE(status.st_mode) & 0o077:
+        problem = (
+            f"has mode {stat.S_IMODE(status.st_mode):04o}, open to other users; chmod 700 it or name another"
+        )
+    elif stat.S_IMODE(status.st_mode) & 0o700 != 0o700:
+        problem = f"has mode {stat.S_IMODE(status.st_mode):04o}; chmod 700 it"
+    if problem is None:
+        return fd
+    os.close(fd)
+    raise RuntimeDirError(f"{path} {problem}")

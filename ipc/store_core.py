@@ -1,0 +1,377 @@
+"""One store as this process has it open: the append lock, a transaction, the bound on its size.
+
+Stands between ``store.py`` (what can be asked of the store) and ``store_writer.py`` (what happens in a transaction).
+A write transaction is begun only under the append lock, which is never waited for. The bound is kept here too: what
+is in use is looked at every 64 offsets, the oldest go when it is too much, and LMDB's "map full" or a full file
+system ends in an exception that says so, after which the store is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeVar
+
+import lmdb
+
+from ipc.store_files import AppendLock, Files
+from ipc.store_reader import read_state, read_top
+from ipc.store_records import StoreBusy, StoreError, StoreFull, StoreState
+from ipc.store_writer import Writer
+
+T = TypeVar("T")
+
+EVICT_ABOVE, EVICT_BELOW, MAKE_ROOM_ABOVE = 0.90, 0.88, 0.70
+"""Shares of the store's size: where the oldest begin to go, where that ends, and what is never given up in need."""
+_EVICT_PER_TRANSACTION = 256
+_MAKE_ROOM_ENTRIES = 2000
+_LARGE = 16_384
+_SYNC_SECONDS = 1.0
+
+_log = logging.getLogger("ipc")
+
+
+class StoreStats(StoreState, kw_only=True):
+    """The store's state and what it takes: for the status, ``/readyz`` and the metrics."""
+
+    top: int
+    used: int
+    """Bytes in use; free pages inside the file do not count."""
+    full: str
+    """Why the last write failed for want of room; empty when it did not."""
+
+
+class StoreCore:
+    """What :class:`ipc.store.Store` is built on."""
+
+    def __init__(self, directory: str, store_size: int | None, durable: bool, wait: float) -> None:
+        self.directory = directory
+        self.on_append_begin: Callable[[], None] = _nothing
+        """Called before each try to take the append lock: write "in append since" to the board."""
+        self.on_append_end: Callable[[], None] = _nothing
+        """Called when the lock was released, or was not to be had."""
+        self.clock: Callable[[], float] = time.time
+        """Seconds since 1970; tests replace it."""
+        self.full = ""
+        """Why the last write failed for want of room; empty when it did not. For ``/readyz``."""
+        self.users = 1
+        self._forked = False
+        self._debt = 0
+        self._broken = False
+        self._durable = durable
+        self._writer = Writer()
+        self._lock = AppendLock(directory)
+        try:
+            self._lock.acquire_within(wait)
+            try:
+                self._open_files(store_size)
+            finally:
+                self._lock.release()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._syncer = _Syncer(lambda: self._files.sync(), directory) if durable else None
+
+    @classmethod
+    def open(
+        cls, directory: str, *, store_size: int | None = None, durable: bool = False, wait: float = 2.0
+    ) -> Self:
+        """Open the store of a directory, or make it. May block for ``wait`` seconds: call it at the start, in a thread.
+
+        Args:
+            directory: the runtime directory or ``--data-dir``; ``/proc/self/fd/N`` will do.
+            store_size: the bound in bytes; None takes that of the existing store, or the default.
+            durable: on disk; survives a crash of the machine but for the last second.
+            wait: how long to wait for a process that holds the append lock.
+
+        Raises:
+            StoreBusy: the append lock was held all the time.
+            StoreFull: no room in the file system.
+            StoreError: it cannot be opened for another reason. (Damage is no reason: what cannot be read is moved
+                aside, and a new store begins with a new epoch.)
+        """
+        with _registry_mutex:
+            try:
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+                status = os.stat(directory)
+                key = (status.st_dev, status.st_ino)
+                known = _registry.get(key)
+                if isinstance(known, cls):
+                    known.users += 1
+                    return known
+                opened = cls(directory, store_size, durable, wait)
+            except OSError as error:
+                raise StoreError(f"the store in {directory} cannot be opened: {error}") from error
+            _registry[key] = opened
+            return opened
+
+    def close(self) -> None:
+        """One user less; the last one closes the files."""
+        with _registry_mutex:
+            self.users -= 1
+            if self.users or self._forked:
+                return
+            for key in [key for key, store in _registry.items() if store is self]:
+                del _registry[key]
+        if self._syncer is not None:
+            self._sign()
+            self._syncer.stop()
+        self._files.close()
+        self._lock.close()
+
+    def _sign(self) -> None:
+        """Say in a store on disk that nothing is missing from it, so that its epoch survives a reboot."""
+
+        def sign(writer: Writer) -> None:
+            writer.state.closed_at = writer.top
+
+        with contextlib.suppress(StoreError):  # then a reboot will cost the epoch
+            self.transact(sign)
+
+    def _open_files(self, store_size: int | None) -> None:
+        self._files = Files(self.directory, store_size, self._durable)
+        self._env = self._files.env
+        self.epoch = self._files.state.epoch
+        """The name of this incarnation of the store; positions of another one cannot be recovered."""
+        self.size = self._files.state.size
+        """The bound in bytes."""
+        with self._read():
+            pass  # takes the reader slot now, so that later reads take no lock
+
+    # One transaction -------------------------------------------------------------------------------------------
+
+    def transact(self, work: Callable[[Writer], T]) -> T:
+        """Run ``work`` in one write transaction. It may be run again from the beginning when room had to be made.
+
+        What ``work`` raises undoes the transaction and is passed on.
+
+        Raises:
+            StoreBusy: another process is at it; try again.
+            StoreFull: no room, although old entries went where they may.
+            StoreError: LMDB failed.
+        """
+        self.on_append_begin()
+        try:
+            if self._forked:
+                raise StoreError("this store was opened before the fork and belongs to the parent process")
+            if not self._lock.acquire():
+                raise StoreBusy("another process is writing to the store")
+            try:
+                return self._transact(work)
+            finally:
+                self._lock.release()
+        finally:
+            self.on_append_end()
+
+    def _transact(self, work: Callable[[Writer], T]) -> T:
+        if self._broken:
+            self._reopen()
+        for _ in range(3):
+            try:
+                result = self._attempt(work)
+            except lmdb.MapFullError:
+                if not self._make_room():
+                    break
+            except lmdb.Error as error:
+                raise self._failure(error) from error
+            else:
+                self.full = ""
+                if self._syncer is not None:
+                    self._syncer.dirty = True
+                return result
+        self.full = (
+            f"the store's {self.size} bytes are used up (--store-size), and nothing more may be removed"
+        )
+        raise StoreFull(self.full)
+
+    def _attempt(self, work: Callable[[Writer], T]) -> T:
+        writer = self._writer
+        try:
+            txn = self._env.begin(write=True)
+        except lmdb.MapResizedError:
+            self._env.set_mapsize(0)  # another process has made it larger
+            txn = self._env.begin(write=True)
+        try:
+            txn_id = txn.id()
+            writer.begin(txn, txn_id, int(self.clock() * 1000))
+            result = work(writer)
+            if writer.swept or writer.added > _LARGE or self._debt:
+                self._keep_below_bound(writer)
+            writer.finish()
+            txn.commit()
+        except BaseException:
+            txn.abort()
+            raise
+        writer.committed(txn_id)
+        return result
+
+    def _failure(self, error: lmdb.Error) -> StoreError:
+        """The exception for the caller, after a transaction failed for another reason than a full map."""
+        # A write that the file system cut short is reported as EIO.
+        if isinstance(error, lmdb.DiskError) or getattr(error, "code", 0) in (errno.EDQUOT, errno.EIO):
+            self.full = f"the file system of {self.directory} is full: {error}"
+            return StoreFull(self.full)
+        if isinstance(error, lmdb.PanicError):
+            # LMDB could not write the page that makes a transaction valid (a full copy-on-write file system, say)
+            # and refuses to go on with this environment; what is in the file is in order.
+            self._broken = True
+        return StoreError(f"the store in {self.directory} failed: {error}")
+
+    def _reopen(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed before, and could not be opened
+            self._files.close()
+        self._open_files(self.size)
+        self._broken = False
+
+    # The bound -------------------------------------------------------------------------------------------------
+
+    def _keep_below_bound(self, writer: Writer) -> None:
+        """Let the oldest go when the store is nearly full: a bounded number now, the rest with the next appends."""
+        if writer.swept or writer.added > _LARGE:
+            used = _used(writer.txn)
+            self._debt = used - int(self.size * EVICT_BELOW) if used > self.size * EVICT_ABOVE else 0
+            writer.swept = False
+        writer.added = 0
+        if self._debt > 0:
+            removed = writer.evict(self._debt, _EVICT_PER_TRANSACTION)
+            self._debt = max(0, self._debt - removed) if removed else 0
+
+    def _make_room(self) -> bool:
+        """After "map full": remove old entries. Their pages become free only with the transaction after the next."""
+
+        def remove(writer: Writer) -> int:
+            if _used(writer.txn) <= self.size * MAKE_ROOM_ABOVE:
+                return 0
+            return writer.evict(self.size // 50, _MAKE_ROOM_ENTRIES)
+
+        def touch(writer: Writer) -> None:
+            _ = writer.state  # is written again
+
+        try:
+            self._env.reader_check()
+            removed = self._attempt(remove)
+            self._attempt(touch)
+            return removed > 0
+        except lmdb.Error:
+            return False
+
+    def maintain(self, limit: int = 256) -> bool:
+        """Housekeeping, to be called about once a second in every process: it does what is due and returns.
+
+        Trims idle topics by age, forgets what has expired, frees the reader slots of dead processes. Does nothing when
+        another process is writing, or there is no room. Returns True when there is more to do at once.
+        """
+
+        def work(writer: Writer) -> bool:
+            self._env.reader_check()
+            return writer.expire(limit) >= limit
+
+        try:
+            return self.transact(work)
+        except StoreError:
+            return False
+
+    # Reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self) -> _Reading:
+        return _Reading(self._env)
+
+    def stats(self) -> StoreStats:
+        """The store's state and its use of space."""
+        with self._read() as txn:
+            state = read_state(txn)
+            return StoreStats(
+                **{name: getattr(state, name) for name in state.__struct_fields__},
+                top=read_top(txn),
+                used=_used(txn),
+                full=self.full,
+            )
+
+    def is_current(self) -> bool:
+        """False when the files were removed or replaced from outside: then close and open again (a new epoch)."""
+        return self._files.is_current()
+
+
+class _Reading:
+    """A read transaction as a context; LMDB's errors become `StoreError`."""
+
+    __slots__ = ("_env", "_txn")
+
+    def __init__(self, env: lmdb.Environment) -> None:
+        self._env = env
+
+    def __enter__(self) -> lmdb.Transaction[bytes]:
+        try:
+            self._txn = self._env.begin()
+        except lmdb.MapResizedError:
+            self._env.set_mapsize(0)  # another process has made it larger
+            self._txn = self._env.begin()
+        except lmdb.Error as error:
+            raise StoreError(f"the store cannot be read: {error}") from error
+        return self._txn
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._txn.abort()
+        if isinstance(error, lmdb.Error):
+            raise StoreError(f"the store cannot be read: {error}") from error
+
+
+class _Syncer:
+    """A thread that writes a store on disk through once a second, if something was committed."""
+
+    def __init__(self, sync: Callable[[], None], directory: str) -> None:
+        self.dirty = True
+        self._sync = sync
+        self._directory = directory
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flockwire-store-sync", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(_SYNC_SECONDS)
+            if self.dirty:
+                self.dirty = False
+                try:
+                    self._sync()
+                except OSError as error:
+                    _log.error("the store in %s could not be written through: %s", self._directory, error)
+
+    def stop(self) -> None:
+        """Write through once more and end."""
+        self._stop.set()
+        self._thread.join()
+
+
+def _used(txn: lmdb.Transaction[bytes]) -> int:
+    """Bytes of pages that hold something; free pages inside the file do not count."""
+    stat = txn.stat()
+    return (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"]
+
+
+def _nothing() -> None:
+    pass
+
+
+_registry: dict[tuple[int, int], StoreCore] = {}
+_registry_mutex = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _registry_mutex
+    _registry_mutex = threading.Lock()
+    for store in _registry.values():
+        store._forked = True
+    _registry.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,274 @@
+"""The store's files: where they lie, how they are opened, the append lock, and what happens when they are unreadable.
+
+Stands below ``store.py``. In the directory that was given (the runtime directory or ``--data-dir``) lie::
+
+    store.lock          the append lock: nobody begins a write transaction without it
+    store/data.mdb      LMDB's data
+    store/lock.mdb      LMDB's table of readers, and its own mutex
+    store.unreadable/   the last store that could not be read, as it was found
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+
+import lmdb
+import msgspec
+
+from ipc.store_reader import read_top
+from ipc.store_records import LAYOUT, STATE_KEY, StoreBusy, StoreError, StoreFull, StoreState
+
+MIN_STORE_SIZE = 1 << 20
+DEFAULT_STORE_SIZE = 256 << 20
+_LOCK_NAME = "store.lock"
+_STORE_NAME = "store"
+_ASIDE_NAME = "store.unreadable"
+# One page of LMDB's reader table holds 64 readers; 16 pages are more than there are slots on the board.
+_READER_TABLE_BYTES = 65_536
+_MAX_READERS = 1000
+
+_log = logging.getLogger("ipc")
+
+
+def default_store_size(directory: str) -> int:
+    """The default of ``--store-size``: 256 MiB, or half of what is free in the directory's file system if less."""
+    status = os.statvfs(directory)
+    return max(MIN_STORE_SIZE, min(DEFAULT_STORE_SIZE, status.f_bavail * status.f_frsize // 2))
+
+
+class AppendLock:
+    """The lock without which nobody begins a write transaction. Never waits.
+
+    A POSIX lock belongs to the process and falls when any descriptor of its file is closed: the file is opened once
+    per process (see the registry in ``store.py``), and a mutex keeps the threads of one process apart.
+    """
+
+    def __init__(self, directory: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(os.path.join(directory, _LOCK_NAME), flags, 0o600)
+        self._mutex = threading.Lock()
+
+    def acquire(self) -> bool:
+        """Take the lock; False when another process or thread has it."""
+        if not self._mutex.acquire(False):
+            return False
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._mutex.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let go of the lock, which this thread holds."""
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        self._mutex.release()
+
+    def acquire_within(self, seconds: float) -> None:
+        """Take the lock, trying for some time: for the start only, never on an event loop that serves clients.
+
+        Raises:
+            StoreBusy: it was held all the time.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.acquire():
+            if time.monotonic() > deadline:
+                raise StoreBusy(f"another process has held the store's append lock for {seconds:g} s")
+            time.sleep(0.001)  # the kernel can wait for a lock only without a time-out
+
+    def close(self) -> None:
+        """Close the file; a lock that is held is released."""
+        os.close(self._fd)
+
+
+class Files:
+    """The opened files of one store; made under the append lock."""
+
+    def __init__(self, directory: str, store_size: int | None, durable: bool) -> None:
+        self.directory = directory
+        self.durable = durable
+        path = os.path.join(directory, _STORE_NAME)
+        try:
+            self.env, self.state = _open(path, store_size, durable)
+        except (lmdb.Error, msgspec.MsgspecError, _UnreadableError) as error:
+            if isinstance(error, lmdb.Error) and not _is_unreadable(error):
+                raise _open_error(path, error) from error
+            self._move_aside(path, error)
+            try:
+                self.env, self.state = _open(path, store_size, durable)
+            except lmdb.Error as again:
+                raise _open_error(path, again) from again
+        except OSError as error:
+            raise _open_error(path, error) from error
+        self._data = os.open(os.path.join(path, "data.mdb"), os.O_RDONLY | os.O_CLOEXEC)
+        self._path = path
+
+    def _move_aside(self, path: str, error: Exception) -> None:
+        aside = os.path.join(self.directory, _ASIDE_NAME)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        _log.error("the store %s is unreadable (%s); moved to %s, history begins anew", path, error, aside)
+
+    def is_current(self) -> bool:
+        """False when somebody has removed or replaced the store's files under our feet."""
+        try:
+            there = os.stat(os.path.join(self._path, "data.mdb"))
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(self._data))
+
+    def sync(self) -> None:
+        """Wait until all that was committed is on the disk. For a thread; the event loop must not."""
+        # Not Environment.sync(): it may exclude transactions of other threads while the disk is busy.
+        os.fdatasync(self._data)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self.env.close()
+        os.close(self._data)
+
+
+class _UnreadableError(Exception):
+    """What was found is not a store of ours, or a damaged one."""
+
+
+def _open(path: str, store_size: int | None, durable: bool) -> tuple[lmdb.Environment, StoreState]:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    _allocate_reader_table(os.path.join(path, "lock.mdb"))
+    env = lmdb.Environment(
+        path,
+        map_size=_page_multiple(store_size or default_store_size(path)),
+        mode=0o600,
+        # On disk each commit flushes its data, so that a crash of the machine can undo the last ones but not tear
+        # them; in memory there is nothing to flush.
+        sync=durable,
+        metasync=False,
+        max_readers=_MAX_READERS,
+        max_spare_txns=1,  # the reader slot is kept: reading takes no lock
+        readahead=False,
+    )
+    try:
+        env.reader_check()
+        _check_length(env, path)
+        return env, _load_state(env, store_size, durable)
+    except BaseException:
+        env.close()
+        raise
+
+
+def _page_multiple(size: int) -> int:
+    return max(MIN_STORE_SIZE, size) // 4096 * 4096
+
+
+def _allocate_reader_table(path: str) -> None:
+    """Give LMDB's table of readers its memory now: it is mapped, and a sparse one dies by SIGBUS on a full tmpfs."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return
+    try:
+        os.posix_fallocate(fd, 0, _READER_TABLE_BYTES)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _check_length(env: lmdb.Environment, path: str) -> None:
+    """A data file that was cut off would die by SIGBUS where it ends."""
+    info = env.info()
+    wanted = (info["last_pgno"] + 1) * env.stat()["psize"]
+    with open(os.path.join(path, "data.mdb"), "r+b") as data:
+        if os.fstat(data.fileno()).st_size < wanted:
+            # It may be in order: pages that were given back in the transaction that took them were never written.
+            os.posix_fallocate(data.fileno(), 0, wanted)
+            _walk(env)
+
+
+def _walk(env: lmdb.Environment) -> None:
+    """Read everything; raises lmdb.Error where that is impossible."""
+    with env.begin() as txn:
+        for _ in txn.cursor():
+            pass
+
+
+def _load_state(env: lmdb.Environment, store_size: int | None, durable: bool) -> StoreState:
+    """Read the state, or write that of a new store, and bring it up to date."""
+    boot = _boot_id() if durable else ""
+    with env.begin(write=True) as txn:
+        found = txn.get(STATE_KEY)
+        if found is None:
+            if txn.stat()["entries"]:
+                raise _UnreadableError("it holds something else")
+            state = StoreState(epoch=_new_epoch(), size=0, boot=boot)
+        else:
+            state = _decode_state(found)
+        wanted = _page_multiple(store_size or state.size or default_store_size(env.path()))
+        if state.boot != boot:
+            _after_reboot(env, txn, state, boot)
+        state.size = wanted
+        encoded = msgspec.msgpack.encode(state)
+        if encoded != found:
+            txn.put(STATE_KEY, encoded)
+    if env.info()["map_size"] < state.size:
+        env.set_mapsize(state.size)
+    return state
+
+
+def _decode_state(found: bytes) -> StoreState:
+    # Only the layout's number is the same in all versions.
+    layout = msgspec.msgpack.decode(found, type=dict[str, msgspec.Raw]).get("layout")
+    if layout is None or msgspec.msgpack.decode(layout, type=int) != LAYOUT:
+        raise _UnreadableError("it was written by another version")
+    return msgspec.msgpack.decode(found, type=StoreState)
+
+
+def _after_reboot(env: lmdb.Environment, txn: lmdb.Transaction[bytes], state: StoreState, boot: str) -> None:
+    """The machine was started anew: unless the store was closed in order, its last transactions may be missing.
+
+    Then clients may have seen offsets that will be given again, so what is left gets a new epoch.
+    """
+    if state.closed_at != read_top(txn):
+        _walk(env)
+        state.epoch = _new_epoch()
+    state.boot = boot
+
+
+def _new_epoch() -> str:
+    return secrets.token_hex(4)
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def _is_unreadable(error: lmdb.Error) -> bool:
+    """Tell damage and foreign formats from a lack of room, rights or memory."""
+    damage = (
+        lmdb.InvalidError,
+        lmdb.VersionMismatchError,
+        lmdb.CorruptedError,
+        lmdb.PageNotFoundError,
+        lmdb.IncompatibleError,
+    )
+    return isinstance(error, damage)
+
+
+def _open_error(path: str, error: Exception) -> StoreError:
+    full = isinstance(error, lmdb.MapFullError | lmdb.DiskError) or (
+        isinstance(error, OSError) and error.errno == errno.ENOSPC
+    )
+    kind = StoreFull if full else StoreError
+    return kind(f"the store {path} cannot be opened: {error}")

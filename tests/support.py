@@ -1,0 +1,57 @@
+"""What several tests share: free ports, waiting for a condition, running a coroutine with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(predicate: Callable[[], T], timeout: float = 10.0, what: str = "the condition") -> T:
+    """Poll ``predicate`` until it is true and return its value; fail loudly after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true within {timeout} s")
+        time.sleep(0.01)
+
+
+async def until_async(
+    predicate: Callable[[], T | Awaitable[T]], timeout: float = 10.0, what: str = "the condition"
+) -> T:
+    """As :func:`until`, without blocking the loop; the predicate may be a coroutine function."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = predicate()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value  # type: ignore[return-value]
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true within {timeout} s")
+        await asyncio.sleep(0.01)
+
+
+def run(main: Coroutine[Any, Any, T], timeout: float = 50.0) -> T:
+    """Run a coroutine to its end on a fresh loop, with a deadline."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(timeout):
+            return await main
+
+    return asyncio.run(bounded())

@@ -1,0 +1,495 @@
+"""One client's connection, as an application sees it.
+
+Between the socket (``workers/protocol.py``, or any ASGI server) and the manager that routes messages. Under our own
+server it reads and writes without the ASGI queue; behind a foreign server, or a middleware that has wrapped
+``receive`` or ``send``, it uses plain ASGI. Nothing of that is visible from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, Final, Protocol
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from ipc.topics import check_pattern
+from workers import codes, jsontext
+from workers.errors import WebSocketException
+from workers.fanout import binary_frame, current_fanout
+from workers.message import Message, validate_client_message
+from workers.protocol import HOLD_INBOX, WebSocketProtocol
+from workers.sinks import AnySink, AsgiSink, SocketSink
+
+logger = logging.getLogger("workers")
+
+#: Messages that may wait for an application that does not receive; then its client is not read.
+MAX_INBOX: Final = 64
+#: Errors in a row after which a client is closed with 3509.
+MAX_ERRORS: Final = 10
+
+_UNSET: Final = object()
+
+
+class Owner(Protocol):
+    """What a connection needs of its manager."""
+
+    def connection_subscribed(self, connection: Connection, pattern: str) -> None:
+        """The connection now wants ``pattern``."""
+
+    def connection_unsubscribed(self, connection: Connection, pattern: str) -> None:
+        """The connection no longer wants ``pattern``."""
+
+    def connection_renamed(self, connection: Connection, old: str, new: str) -> None:
+        """The connection is now addressed by another id."""
+
+    def connection_gone(self, connection: Connection) -> None:
+        """The client is gone."""
+
+
+class TopicSet(set[str]):
+    """The patterns of one connection. Adding one subscribes, removing one unsubscribes."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def add(self, pattern: str) -> None:
+        """Subscribe.
+
+        Raises:
+            InvalidTopic: not a pattern (MQTT 5 section 4.7); nothing changed.
+        """
+        if pattern not in self:
+            check_pattern(pattern)
+            owner = self._connection.owner
+            if owner is not None:
+                owner.connection_subscribed(self._connection, pattern)
+            super().add(pattern)
+
+    def discard(self, pattern: object) -> None:
+        if isinstance(pattern, str) and pattern in self:
+            super().discard(pattern)
+            owner = self._connection.owner
+            if owner is not None:
+                owner.connection_unsubscribed(self._connection, pattern)
+
+    def remove(self, pattern: str) -> None:
+        if pattern not in self:
+            raise KeyError(pattern)
+        self.discard(pattern)
+
+    def pop(self) -> str:
+        for pattern in self:
+            self.discard(pattern)
+            return pattern
+        raise KeyError("pop from an empty set")
+
+    def clear(self) -> None:
+        for pattern in list(self):
+            self.discard(pattern)
+
+    def update(self, *others: Iterable[str]) -> None:
+        for other in others:
+            for pattern in list(other):
+                self.add(pattern)
+
+    def difference_update(self, *others: Iterable[Any]) -> None:
+        for other in others:
+            for pattern in list(other):
+                self.discard(pattern)
+
+    def intersection_update(self, *others: Iterable[Any]) -> None:
+        self.difference_update(set(self) - set(self).intersection(*others))
+
+    def symmetric_difference_update(self, other: Iterable[str]) -> None:
+        wanted = set(self) ^ set(other)
+        self.difference_update(set(self) - wanted)
+        self.update(wanted)
+
+    def __ior__(self, other: Any) -> TopicSet:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def __isub__(self, other: Any) -> TopicSet:  # type: ignore[misc]
+        self.difference_update(other)
+        return self
+
+    def __iand__(self, other: Any) -> TopicSet:  # type: ignore[misc]
+        self.intersection_update(other)
+        return self
+
+    def __ixor__(self, other: Any) -> TopicSet:  # type: ignore[override, misc]
+        self.symmetric_difference_update(other)
+        return self
+
+    __hash__ = None
+
+
+def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
+    """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
+    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
+    if not isinstance(protocol, WebSocketProtocol):
+        return None
+    if websocket._receive != protocol.receive or _innermost(websocket._send) != protocol.send:
+        return None
+    return protocol
+
+
+def _innermost(send: Any) -> Any:
+    """``send`` without the wrapper of Starlette's own exception handling, which only watches HTTP responses."""
+    while (
+        getattr(send, "__qualname__", "")
+        == "wrap_app_handling_exceptions.<locals>.wrapped_app.<locals>.sender"
+    ):
+        cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
+        send = cells["send"].cell_contents
+    return send
+
+
+class Connection:
+    """A client's connection.
+
+    Args:
+        websocket: the Starlette (or FastAPI) socket, not yet accepted.
+        conn_id: the address for direct messages; need not be unique.
+        topic: a first pattern to subscribe to.
+
+    Made by :meth:`workers.WebSocketManager.new_connection`; one that is made by hand has no manager, and its
+    topics have no effect.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_errors",
+        "_gone",
+        "_id",
+        "_inbox",
+        "_protocol",
+        "_reading",
+        "_sink",
+        "_target",
+        "_topics",
+        "_waiter",
+        "owner",
+        "websocket",
+    )
+
+    def __init__(self, websocket: WebSocket, conn_id: str, topic: str | None = None) -> None:
+        self.websocket = websocket
+        self.owner: Owner | None = None
+        self._id = conn_id
+        self._topics: TopicSet | None = None
+        self._protocol: WebSocketProtocol | None = None
+        self._sink: AnySink | None = None
+        self._target: tuple[AnySink, ...] = ()
+        self._inbox: deque[tuple[bytes, bool]] | None = None
+        self._reading = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._gone: tuple[int, str] | None = None
+        self._errors = 0
+        if topic:
+            self.topics.add(topic)
+
+    def __repr__(self) -> str:
+        return f"<Connection {self._id!r}{' gone' if self._gone else ''}>"
+
+    # --- what it is ---------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """The address for direct messages. Setting it moves the connection; it does not tell the client."""
+        return self._id
+
+    @id.setter
+    def id(self, conn_id: str) -> None:
+        old, self._id = self._id, conn_id
+        if self.owner is not None and old != conn_id:
+            self.owner.connection_renamed(self, old, conn_id)
+
+    @property
+    def topics(self) -> set[str]:
+        """The patterns this connection is subscribed to; adding or removing one subscribes or unsubscribes."""
+        if self._topics is None:
+            self._topics = TopicSet(self)
+        return self._topics
+
+    @property
+    def subscription_count(self) -> int:
+        """How many patterns it is subscribed to."""
+        return len(self._topics) if self._topics is not None else 0
+
+    @property
+    def target(self) -> tuple[AnySink, ...]:
+        """Its sink as a set of receivers for ``Fanout.send``; empty for a connection without a manager."""
+        return self._target
+
+    @property
+    def closed(self) -> bool:
+        """True when the client is gone or the connection was closed."""
+        return self._gone is not None or (self._sink is not None and self._sink.closed)
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes that wait for this client in this process."""
+        return self._sink.backlog_bytes if self._sink is not None else 0
+
+    # --- life ---------------------------------------------------------------------------------------
+
+    def prepare(self, owner: Owner, max_backlog: int, write_timeout: float) -> None:
+        """Make the outgoing side, which holds what is sent until :meth:`accept`. For the manager."""
+        self.owner = owner
+        fanout = current_fanout()
+        self._protocol = our_protocol(self.websocket)
+        if self._protocol is not None:
+            self._sink = self._protocol.attach(self._on_gone, max_backlog, write_timeout)
+        else:
+            self._sink = AsgiSink(self.websocket, fanout, max_backlog, write_timeout, self._on_gone)
+        self._target = (self._sink,)
+
+    async def accept(
+        self, subprotocol: str | None = None, headers: Iterable[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        """Answer the handshake."""
+        if self.websocket.application_state is WebSocketState.CONNECTING:
+            await self.websocket.accept(subprotocol, headers)
+        if self._protocol is not None:
+            self._protocol.opened()
+        elif isinstance(self._sink, AsgiSink):
+            self._sink.open()
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None:
+        """Close with a close frame, after what is already owed to the client. Closing again does nothing."""
+        if self._protocol is not None:
+            if self.websocket.application_state is WebSocketState.CONNECTED:
+                self.websocket.application_state = WebSocketState.DISCONNECTED
+                self._protocol.close(code, reason or "")
+            return
+        if isinstance(self._sink, AsgiSink):
+            if self._sink.closed:
+                return
+            current_fanout().flush()
+            await self._sink.finish()
+        if (
+            self.websocket.application_state is not WebSocketState.DISCONNECTED
+            and self.websocket.client_state is not WebSocketState.DISCONNECTED
+        ):
+            try:
+                await self.websocket.close(code, reason)
+            except (RuntimeError, WebSocketDisconnect, OSError) as exc:
+                logger.debug("close of a connection that was already gone: %r", exc)
+        self._on_gone(code, reason or "")
+
+    def close_soon(self, code: int, reason: str) -> None:
+        """As :meth:`close`, for callers that cannot wait."""
+        if self._protocol is not None:
+            self._protocol.close(code, reason)
+        elif not self.closed:
+            task = asyncio.get_running_loop().create_task(self.close(code, reason))
+            self.__dict__["_closing"] = task  # a reference, or the loop may forget it
+
+    def _on_gone(self, code: int, reason: str) -> None:
+        if self._gone is not None:
+            return
+        self._gone = (code, reason)
+        if self._sink is not None:
+            self._sink.close()
+        self._wake()
+        if self.owner is not None:
+            self.owner.connection_gone(self)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # --- out ----------------------------------------------------------------------------------------
+
+    async def send_json(self, data: Any, mode: str = "text") -> None:
+        """Send one JSON value; waits while the client is behind.
+
+        Raises:
+            WebSocketDisconnect: the client is gone.
+            TypeError, ValueError: no JSON form.
+        """
+        payload = jsontext.encode(data)
+        if mode == "binary":
+            await self.send_bytes(payload)
+        else:
+            await self._send(payload)
+
+    async def send_text(self, data: str) -> None:
+        """Send one text message; waits while the client is behind.
+
+        Raises:
+            WebSocketDisconnect: the client is gone.
+        """
+        await self._send(data.encode())
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send one binary message; waits while the client is behind.
+
+        Raises:
+            WebSocketDisconnect: the client is gone.
+        """
+        sink = self._sink
+        if isinstance(sink, SocketSink):
+            await self._ready(sink)
+            current_fanout().send_frame(self._target, binary_frame(data), data)
+            return
+        if sink is not None:
+            current_fanout().flush()
+            await self._ready(sink)
+        await self.websocket.send_bytes(data)
+
+    async def _send(self, payload: bytes) -> None:
+        sink = self._sink
+        if sink is None:
+            await self.websocket.send_text(payload.decode())
+            return
+        await self._ready(sink)
+        current_fanout().send(self._target, payload)
+
+    async def _ready(self, sink: AnySink) -> None:
+        if not sink.flowing:
+            await sink.writable()
+        if sink.closed:
+            raise WebSocketDisconnect(*(self._gone or (1006, "")))
+
+    def push(self, data: Any) -> None:
+        """Owe the client one JSON value without waiting; the backlog's bound holds."""
+        self.push_text(jsontext.encode(data))
+
+    def push_text(self, payload: bytes) -> None:
+        """The same for JSON text in UTF-8."""
+        if self._target:
+            current_fanout().send(self._target, payload)
+
+    def answer_error(self, words: str, code: int, ack: Any = _UNSET) -> None:
+        """Tell the client what was wrong; at the tenth time in a row it is closed with 3509."""
+        answer: dict[str, Any] = {"type": "error", "error": words, "code": int(code)}
+        if ack is not _UNSET:
+            answer["ack"] = ack
+        self.push(answer)
+        self._errors += 1
+        if self._errors >= MAX_ERRORS:
+            self.close_soon(*codes.TOO_MANY_ERRORS)
+
+    def no_error(self) -> None:
+        """Something valid came in: the row of errors has ended."""
+        self._errors = 0
+
+    # --- in -----------------------------------------------------------------------------------------
+
+    def serve(self, handler: Callable[[bytes, bool], None]) -> bool:
+        """Give all that comes in to ``handler(payload, is_text)``, so that no task need wait for it.
+
+        False where that is not possible (plain ASGI): then call :meth:`receive_raw` in a loop.
+        """
+        if self._protocol is None:
+            return False
+        self._protocol.keep()
+        self._protocol.take_input(handler)
+        return True
+
+    def hold_reading(self, reason: int, on_clear: Callable[[Callable[[], None]], None]) -> None:
+        """Read nothing from this client until ``on_clear`` calls back. Under plain ASGI its endpoint waits instead."""
+        protocol = self._protocol
+        if protocol is not None and not protocol.holds(reason):
+            protocol.hold(reason)
+            on_clear(lambda: protocol.release(reason))
+
+    async def receive_raw(self) -> tuple[bytes, bool]:
+        """The next message and whether it is text.
+
+        Raises:
+            WebSocketDisconnect: the client is gone.
+        """
+        if self._protocol is None:
+            return await self._receive_asgi()
+        if not self._reading:
+            self._reading = True
+            self._inbox = deque()
+            self._protocol.take_input(self._on_message)
+        inbox = self._inbox
+        assert inbox is not None
+        while not inbox:
+            if self._gone is not None or self._protocol.close_sent:
+                raise WebSocketDisconnect(*(self._gone or (1006, "")))
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        item = inbox.popleft()
+        if len(inbox) == MAX_INBOX // 2:
+            self._protocol.release(HOLD_INBOX)
+        return item
+
+    def _on_message(self, payload: bytes, is_text: bool) -> None:
+        inbox = self._inbox
+        assert inbox is not None
+        inbox.append((payload, is_text))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if len(inbox) >= MAX_INBOX and self._protocol is not None:
+            self._protocol.hold(HOLD_INBOX)
+
+    async def _receive_asgi(self) -> tuple[bytes, bool]:
+        if self._gone is not None:
+            raise WebSocketDisconnect(*self._gone)
+        message = await self.websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            code, reason = message.get("code", 1005), message.get("reason") or ""
+            self._on_gone(code, reason)
+            raise WebSocketDisconnect(code, reason)
+        text = message.get("text")
+        return (text.encode(), True) if text is not None else (message.get("bytes") or b"", False)
+
+    async def receive_json(self) -> Any:
+        """The next JSON value. What is no JSON is answered with error 107 and passed over; binary closes with 1003.
+
+        Raises:
+            WebSocketDisconnect: the client is gone.
+        """
+        while True:
+            payload, is_text = await self.receive_raw()
+            if not is_text:
+                await self.close(*codes.UNSUPPORTED_DATA)
+                continue
+            try:
+                value = jsontext.decode(payload)
+            except jsontext.NotJson as exc:
+                self._complain(str(exc))
+                continue
+            self._errors = 0
+            return value
+
+    def _complain(self, words: str) -> None:
+        if self._sink is not None:
+            self.answer_error(words, codes.ErrorCode.BAD_REQUEST)
+
+    async def iter_json(self) -> AsyncIterator[Any]:
+        """JSON values until the client is gone."""
+        try:
+            while True:
+                yield await self.receive_json()
+        except WebSocketDisconnect:
+            return
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        return self
+
+    async def __anext__(self) -> Message:
+        """The next valid :class:`~workers.Message`; invalid ones are answered with an error and passed over."""
+        while True:
+            try:
+                data = await self.receive_json()
+            except WebSocketDisconnect:
+                raise StopAsyncIteration from None
+            try:
+                return validate_client_message(data)
+            except (ValueError, WebSocketException) as exc:
+                self._complain(str(exc))

@@ -1,0 +1,81 @@
+"""uvicorn's HTTP protocol with the bounds it lacks: time for a request's head, and its bytes.
+
+The very first stage: every connection begins as HTTP/1.1, and becomes a WebSocket by its handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from workers.protocol import nothing
+
+#: Seconds from the connection to the end of the request's head.
+HANDSHAKE_TIMEOUT: Final = 10.0
+#: Bytes of a request's head.
+MAX_HEAD_BYTES: Final = 64 * 1024
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with a deadline and a size for the request's head."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._head_bytes = 0
+        self._in_head = False
+        self._changed: Callable[[], None] = getattr(server_state, "changed", nothing)
+        self._handshake_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._handshake_timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._handshake_overdue)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_handshake_timer()
+        super().connection_lost(exc)
+        self._changed()
+
+    @property
+    def handshaking(self) -> bool:
+        """True until a first request has arrived whole."""
+        return self._handshake_timer is not None
+
+    def _cancel_handshake_timer(self) -> None:
+        if self._handshake_timer is not None:
+            self._handshake_timer.cancel()
+            self._handshake_timer = None
+
+    def _handshake_overdue(self) -> None:
+        self._handshake_timer = None
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            # httptools reports a header only when it is whole, and bounds nothing itself.
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response("Request header fields too large.")
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._cancel_handshake_timer()
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            raise ValueError("request head over the limit")  # the parser turns it into a 400
+        super().on_headers_complete()

@@ -1,0 +1,144 @@
+"""The built-in hub: an ASGI application of routes, to run as it is or to mount in one's own.
+
+``/ws`` and ``/ws/{conn_id}`` speak the plain protocol; ``/healthz`` says that this process lives, ``/readyz`` that
+it is on the bus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from workers import jsontext
+from workers.brokers import IpcBroker
+from workers.connection import Connection
+from workers.context import current_settings
+from workers.manager import WebSocketManager
+from workers.plain import PlainSession, subscribe_at_connect
+
+#: The broker channel of the built-in hub.
+HUB_CHANNEL: Final = "hub"
+#: The longest conn_id a client may choose, in bytes of UTF-8.
+MAX_CONN_ID_BYTES: Final = 255
+
+
+def create_hub(manager: WebSocketManager | None = None) -> Starlette:
+    """The built-in hub as an application.
+
+    Args:
+        manager: whose connections and channel it serves; None makes one for the channel ``hub`` on the supervisor's
+            runtime directory. A manager that nobody started is started with the first request, since a mounted
+            application's lifespan does not run.
+
+    Raises:
+        ValueError: no manager, and not under the supervisor.
+    """
+    hub = _Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None)
+    return Starlette(
+        routes=[
+            WebSocketRoute("/ws", hub.plain),
+            WebSocketRoute("/ws/{conn_id}", hub.plain),
+            Route("/healthz", hub.healthz),
+            Route("/readyz", hub.readyz),
+        ],
+        lifespan=hub.lifespan,
+    )
+
+
+class _Hub:
+    def __init__(self, manager: WebSocketManager, own: bool) -> None:
+        self._manager = manager
+        self._own = own
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        await self._manager.startup()
+        try:
+            yield
+        finally:
+            if self._own:
+                await self._manager.shutdown()
+
+    async def plain(self, websocket: WebSocket) -> None:
+        """One client of the plain protocol. Its task ends once the connection is served without one."""
+        manager = self._manager
+        if not manager.started:
+            await manager.startup()
+        if not current_settings().allow_anonymous:
+            await _refuse(websocket, 401, "anonymous clients are not allowed")
+            return
+        conn_id = websocket.path_params.get("conn_id")
+        if conn_id is not None and len(conn_id.encode("utf-8", "replace")) > MAX_CONN_ID_BYTES:
+            await _refuse(websocket, 400, f"a conn_id has at most {MAX_CONN_ID_BYTES} bytes")
+            return
+        connection = self._register(websocket, conn_id)
+        subscribe_at_connect(manager, connection, websocket.query_params.getlist("topic"))
+        await manager.accept(connection)
+        session = PlainSession(manager, connection)
+        if not connection.serve(session.on_message):
+            await _serve_asgi(manager, connection, session)
+
+    def _register(self, websocket: WebSocket, conn_id: str | None) -> Connection:
+        if conn_id is not None:
+            return self._manager.register(websocket, conn_id)
+        made = secrets.token_urlsafe(12)
+        first = jsontext.encode({"type": "set_conn_id", "conn_id": made})
+        return self._manager.register(websocket, made, first)
+
+    async def healthz(self, request: Request) -> Response:
+        """This process lives and its event loop turns."""
+        return JSONResponse({"status": "ok", "pid": os.getpid()})
+
+    async def readyz(self, request: Request) -> Response:
+        """200 when this worker is on the bus, else 503; details as JSON."""
+        details = readiness(self._manager)
+        return JSONResponse(details, status_code=200 if details["ready"] else 503)
+
+
+def readiness(manager: WebSocketManager) -> dict[str, Any]:
+    """Whether messages of ``manager`` cross, and what it is connected to."""
+    details: dict[str, Any] = {
+        "ready": manager.started,
+        "pid": os.getpid(),
+        "channel": manager.broker_channel,
+        "connections": len(manager.active_connections),
+    }
+    peer = manager.broker.peer if isinstance(manager.broker, IpcBroker) else None
+    if peer is not None:
+        details |= {
+            "slot": peer.slot,
+            "epoch": peer.epoch,
+            "peers": len(peer.runtime.board.live_full_slots()),
+        }
+    return details
+
+
+async def _serve_asgi(manager: WebSocketManager, connection: Connection, session: PlainSession) -> None:
+    """The loop for servers whose sockets we cannot read ourselves."""
+    try:
+        while True:
+            session.on_message(*await connection.receive_raw())
+            await manager.transport.accepted()
+    except WebSocketDisconnect:
+        pass
+    finally:
+        manager.remove_connection(connection)
+
+
+async def _refuse(websocket: WebSocket, status: int, words: str) -> None:
+    """Answer a handshake with an HTTP error."""
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        await websocket.send_denial_response(
+            JSONResponse({"error": {"code": status, "message": words}}, status_code=status)
+        )
+    else:
+        await websocket.close(1008, words)

@@ -1,0 +1,67 @@
+"""JSON text for clients: one encoder, one decoder, and what may go wrong with either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+def _encode_other(value: Any) -> Any:
+    """Types msgspec does not know: pydantic models by their own dump."""
+    dump = getattr(value, "model_dump", None)
+    if callable(dump):
+        return dump(mode="json")
+    raise TypeError(f"cannot be sent as JSON: {type(value).__name__}")
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_encode_other)
+_decoder = msgspec.json.Decoder()
+_object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class NotJson(ValueError):
+    """What came in is not the JSON that was asked for; the text says what is wrong with it."""
+
+
+def encode(value: Any) -> bytes:
+    """``value`` as JSON in UTF-8: everything msgspec knows, and pydantic models.
+
+    Raises:
+        TypeError: it holds something that has no JSON form.
+        ValueError: it holds text that is no Unicode (lone surrogates), or nests too deep.
+    """
+    try:
+        return _encoder.encode(value)
+    except RecursionError:
+        raise ValueError("cannot be sent as JSON: nested too deep") from None
+
+
+def decode(text: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        NotJson: it is malformed, nested too deep, or not UTF-8.
+    """
+    try:
+        return _decoder.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
+        raise NotJson(_words(exc)) from None
+
+
+def decode_object(text: bytes | str) -> dict[str, msgspec.Raw]:
+    """The members of a JSON object with their values as they were written, so that they can be passed on unchanged.
+
+    Raises:
+        NotJson: it is malformed, nested too deep, or not an object.
+    """
+    try:
+        return _object_decoder.decode(text)
+    except msgspec.ValidationError:
+        raise NotJson("expected a JSON object") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
+        raise NotJson(_words(exc)) from None
+
+
+def _words(exc: Exception) -> str:
+    return "JSON is nested too deep" if isinstance(exc, RecursionError) else str(exc)

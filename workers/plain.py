@@ -1,0 +1,178 @@
+"""The plain protocol (``/ws``): one JSON object a message, the format of fastapi-distributed-websocket.
+
+Where a client's message becomes a subscription or a publication. :class:`PlainSession` takes raw text of the
+built-in hub's clients, whose values are passed on as they were written; :func:`handle_message` also takes decoded
+objects from :meth:`workers.WebSocketManager.receive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from ipc.peer import BusFull
+from ipc.topics import InvalidTopic, check_pattern
+from workers import codes, jsontext
+from workers.codes import ErrorCode
+from workers.protocol import HOLD_BUS
+
+if TYPE_CHECKING:
+    from workers.connection import Connection
+    from workers.manager import WebSocketManager
+    from workers.transport import Accepted
+
+_UNSET: Final = object()
+_NULL: Final = (None, msgspec.Raw(b"null"))
+
+
+class Refused(Exception):
+    """A client's message cannot be served; becomes an error message with this code."""
+
+    def __init__(self, code: ErrorCode, words: str) -> None:
+        super().__init__(words)
+        self.code = code
+
+
+class PlainSession:
+    """What one client of the built-in hub says."""
+
+    __slots__ = ("_connection", "_manager")
+
+    def __init__(self, manager: WebSocketManager, connection: Connection) -> None:
+        self._manager = manager
+        self._connection = connection
+
+    def on_message(self, payload: bytes, is_text: bool) -> None:
+        """One WebSocket message, in order. Never raises."""
+        connection = self._connection
+        if not is_text:
+            connection.close_soon(*codes.UNSUPPORTED_DATA)
+            return
+        try:
+            message = jsontext.decode_object(payload)
+        except jsontext.NotJson as exc:
+            connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
+            return
+        handle_message(self._manager, connection, message)
+        transport = self._manager.transport
+        if transport.congested:
+            connection.hold_reading(HOLD_BUS, transport.on_clear)
+
+
+def handle_message(manager: WebSocketManager, connection: Connection, message: Mapping[str, Any]) -> None:
+    """Act on a client's object, whose values are decoded or ``msgspec.Raw``; answer what is wrong with it."""
+    ack: Any = _UNSET
+    try:
+        if not isinstance(message, Mapping):
+            raise Refused(ErrorCode.BAD_REQUEST, f"expected a JSON object, got {type(message).__name__}")
+        data = dict(message)
+        ack = data.pop("ack", _UNSET)
+        kind = _text(data.pop("type", None), "type")
+        accepted = _act(manager, connection, kind, data)
+    except Refused as exc:
+        if ack is _UNSET:
+            connection.answer_error(str(exc), exc.code)
+        else:
+            connection.answer_error(str(exc), exc.code, ack)
+        return
+    connection.no_error()
+    if ack is not _UNSET:
+        if accepted is None or not manager.transport.congested:
+            connection.push({"type": "ack", "ack": ack})
+        else:
+            manager.transport.on_clear(lambda: connection.push({"type": "ack", "ack": ack}))
+
+
+def _act(
+    manager: WebSocketManager, connection: Connection, kind: str, data: dict[str, Any]
+) -> Accepted | None:
+    topic, conn_id = data.pop("topic", None), data.pop("conn_id", None)
+    rules = manager.rules
+    try:
+        if kind == "send":
+            name = _text(topic, "topic")
+            payload = jsontext.encode(data)
+            if not rules.may_publish(name, False):
+                raise Refused(ErrorCode.PERMISSION_DENIED, f"publishing to {name!r} is not permitted")
+            return manager.publish_text(name, payload)
+        if kind == "subscribe":
+            _subscribe(manager, connection, _text(topic, "topic"))
+            return None
+        if kind == "unsubscribe":
+            pattern = _text(topic, "topic")
+            check_pattern(pattern)
+            if connection.subscription_count:
+                connection.topics.discard(pattern)
+            return None
+        if kind == "broadcast":
+            if not rules.may_broadcast(False):
+                raise Refused(ErrorCode.PERMISSION_DENIED, "broadcasting is not permitted")
+            return manager.broadcast_text(jsontext.encode(data))
+        if kind == "send_by_conn_id":
+            ids = _conn_ids(conn_id)
+            if not rules.may_direct(False):
+                raise Refused(ErrorCode.PERMISSION_DENIED, "direct messages are not permitted")
+            return manager.direct_text(ids, jsontext.encode(data))
+        if kind == "connect":
+            return None
+    except InvalidTopic as exc:
+        raise Refused(ErrorCode.BAD_REQUEST, str(exc)) from None
+    except BusFull as exc:
+        raise Refused(ErrorCode.INTERNAL, str(exc)) from None
+    except (TypeError, ValueError) as exc:
+        raise Refused(ErrorCode.BAD_REQUEST, f"the data cannot be passed on: {exc}") from None
+    raise Refused(
+        ErrorCode.BAD_REQUEST,
+        f"unknown type {kind[:80]!r}; use subscribe, unsubscribe, send, broadcast, send_by_conn_id or connect",
+    )
+
+
+def _subscribe(manager: WebSocketManager, connection: Connection, pattern: str) -> None:
+    """In force on the whole host when it returns: the board has the interest, the index has the connection."""
+    check_pattern(pattern)
+    if not manager.rules.may_subscribe(pattern, False):
+        raise Refused(ErrorCode.PERMISSION_DENIED, f"subscribing to {pattern!r} is not permitted")
+    limit = manager.settings.max_subscriptions
+    if connection.subscription_count >= limit and pattern not in connection.topics:
+        raise Refused(ErrorCode.LIMIT_EXCEEDED, f"a connection may have at most {limit} subscriptions")
+    connection.topics.add(pattern)
+
+
+def subscribe_at_connect(manager: WebSocketManager, connection: Connection, patterns: list[str]) -> None:
+    """The ``?topic=`` parameters of a handshake; what is wrong with one is told to the client once it is accepted."""
+    for pattern in patterns:
+        try:
+            _subscribe(manager, connection, pattern)
+        except InvalidTopic as exc:
+            connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
+        except Refused as exc:
+            connection.answer_error(str(exc), exc.code)
+
+
+def _value(value: Any) -> Any:
+    """A member's value, decoded if it is still as it was written."""
+    return jsontext.decode(bytes(value)) if isinstance(value, msgspec.Raw) else value
+
+
+def _text(value: Any, name: str) -> str:
+    try:
+        decoded = _value(value)
+    except jsontext.NotJson as exc:
+        raise Refused(ErrorCode.BAD_REQUEST, f"{name}: {exc}") from None
+    if not isinstance(decoded, str):
+        what = "is missing" if decoded is None else f"must be a string, not {type(decoded).__name__}"
+        raise Refused(ErrorCode.BAD_REQUEST, f"{name} {what}")
+    return decoded
+
+
+def _conn_ids(value: Any) -> tuple[str, ...]:
+    try:
+        decoded = _value(value)
+    except jsontext.NotJson as exc:
+        raise Refused(ErrorCode.BAD_REQUEST, f"conn_id: {exc}") from None
+    ids = [decoded] if isinstance(decoded, str) else decoded
+    if not isinstance(ids, list) or not ids or not all(isinstance(item, str) and item for item in ids):
+        raise Refused(ErrorCode.BAD_REQUEST, "conn_id must be a string or a list of strings")
+    return tuple(ids)

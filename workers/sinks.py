@@ -1,0 +1,410 @@
+"""The outgoing side of one client: what waits for it, how much may wait, and what happens when it reads too slowly.
+
+:class:`SocketSink` writes frames straight to the transport of our own protocol (``workers/protocol.py``);
+:class:`AsgiSink` goes through ASGI ``send`` under a foreign server or behind a middleware. Both are fed by
+``workers/fanout.py`` and never make anybody else wait.
+
+A client is slow when more than ``max_backlog`` bytes wait for it, or when something has waited ``write_timeout``
+seconds without any byte leaving. Then the topic's policy decides: ``close`` (with the code of the client's protocol),
+``drop_oldest``, or ``latest`` (only the newest message of each topic is kept while it waits).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from workers.fanout import Fanout, Run, SlowPolicy, text_frame
+
+if TYPE_CHECKING:
+    from starlette.websockets import WebSocket
+
+    from workers.protocol import WebSocketProtocol
+
+logger = logging.getLogger("workers")
+
+
+class Waiting(NamedTuple):
+    """Something that waits for its client: one write's bytes, or one message where the policy may drop it."""
+
+    data: bytes
+    policy: SlowPolicy = "close"
+    topic: str = ""
+
+
+class Backlog:
+    """What waits for one client, bounded in bytes, with the three policies. Pure: no socket, no clock."""
+
+    __slots__ = ("dropped", "items", "limit", "size")
+
+    def __init__(self, limit: int) -> None:
+        self.items: deque[Waiting] = deque()
+        self.limit = limit
+        self.size = 0
+        self.dropped = 0
+
+    def add(self, item: Waiting, already: int = 0) -> bool:
+        """Append ``item``; ``already`` bytes wait beneath us. False: over the limit and nothing may be dropped."""
+        if item.policy == "latest":
+            self._drop_topic(item.topic)
+        self.items.append(item)
+        self.size += len(item.data)
+        if self.size + already > self.limit:
+            self._drop_oldest(already)
+        return self.size + already <= self.limit
+
+    def take(self) -> list[bytes]:
+        """All that waits, in order; the backlog is empty afterwards."""
+        data = [item.data for item in self.items]
+        self.items.clear()
+        self.size = 0
+        return data
+
+    def _drop_topic(self, topic: str) -> None:
+        for index, item in enumerate(self.items):
+            if item.policy == "latest" and item.topic == topic:
+                del self.items[index]
+                self.size -= len(item.data)
+                self.dropped += 1
+                return
+
+    def _drop_oldest(self, already: int) -> None:
+        keep: deque[Waiting] = deque()
+        while self.items and self.size + already > self.limit:
+            item = self.items.popleft()
+            if item.policy == "close":
+                keep.append(item)
+            else:
+                self.size -= len(item.data)
+                self.dropped += 1
+        keep.extend(self.items)
+        self.items = keep
+
+
+class SocketSink:
+    """Frames of one client on the way to the transport of :class:`~workers.protocol.WebSocketProtocol`.
+
+    While the transport has nothing buffered, a write goes to the kernel at once. What the kernel does not take is
+    the transport's; everything after it waits here until the transport is empty again.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_backlog",
+        "_fanout",
+        "_progress",
+        "_protocol",
+        "_waiters",
+        "closed",
+        "max_backlog",
+        "pending",
+        "slow_close",
+        "write_timeout",
+    )
+
+    def __init__(
+        self, protocol: WebSocketProtocol, fanout: Fanout, max_backlog: int, write_timeout: float
+    ) -> None:
+        self._protocol = protocol
+        self._fanout = fanout
+        # A backlog exists while the client is held (before accept) or blocked; None means "write at once".
+        self._backlog: Backlog | None = Backlog(max_backlog)
+        self._progress = (0.0, 0)
+        self._waiters: list[asyncio.Future[None]] | None = None
+        self.pending: list[Run] | None = None
+        self.closed = False
+        self.max_backlog = max_backlog
+        self.write_timeout = write_timeout
+        self.slow_close = (1013, "slow consumer")
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes that wait for this client in this process."""
+        waiting = self._backlog.size if self._backlog is not None else 0
+        return waiting + (0 if self.closed else self._protocol.transport.get_write_buffer_size())
+
+    def open(self) -> None:
+        """The handshake is answered: what was held leaves now."""
+        self._resume()
+
+    def write_run(self, run: Run) -> None:
+        if self._backlog is None:
+            if not self.closed:
+                self._protocol.write(run.joined())
+        else:
+            self._wait(run)
+
+    def write_runs(self, runs: list[Run]) -> None:
+        if self._backlog is None:
+            if not self.closed:
+                self._protocol.write(b"".join([run.joined() for run in runs]))
+        else:
+            for run in runs:
+                self._wait(run)
+
+    @property
+    def flowing(self) -> bool:
+        """True while nothing waits: what is sent leaves at once."""
+        return self._backlog is None
+
+    def push(self, payload: bytes) -> None:
+        """One text message, before anything that this turn of the loop still owes."""
+        frame = text_frame(payload)
+        if self._backlog is None:
+            if not self.closed:
+                self._protocol.write(frame)
+        else:
+            self._add(Waiting(frame))
+
+    def _wait(self, run: Run) -> None:
+        if run.policy == "close":
+            self._add(Waiting(run.joined()))
+        else:
+            for frame in run.frames:
+                self._add(Waiting(frame, run.policy, run.topic))
+
+    def _add(self, item: Waiting) -> None:
+        backlog = self._backlog
+        if self.closed or backlog is None:
+            return
+        dropped = backlog.dropped
+        fits = backlog.add(item, self._protocol.transport.get_write_buffer_size())
+        self._fanout.slow_dropped += backlog.dropped - dropped
+        if not fits:
+            self._close_slow(f"more than {self.max_backlog} bytes wait for it")
+
+    def blocked(self) -> None:
+        """The transport holds bytes that the kernel did not take."""
+        if self._backlog is None and not self.closed:
+            self._backlog = Backlog(self.max_backlog)
+            self._progress = (
+                asyncio.get_running_loop().time(),
+                self._protocol.transport.get_write_buffer_size(),
+            )
+            self._fanout.watch(self)
+
+    def unblocked(self) -> None:
+        """The transport is empty again."""
+        self._resume()
+
+    def _resume(self) -> None:
+        backlog, self._backlog = self._backlog, None
+        if self.closed:
+            return
+        if backlog is not None and backlog.items:
+            self._protocol.write(b"".join(backlog.take()))
+        if self._backlog is None:
+            self._fanout.unwatch(self)
+            self._wake()
+
+    def overdue(self, now: float) -> bool:
+        if self.closed or self._backlog is None:
+            return False
+        left = self._protocol.transport.get_write_buffer_size()
+        since, before = self._progress
+        if left != before:
+            self._progress = (now, left)
+        elif now - since >= self.write_timeout:
+            self._close_slow(f"nothing left for {self.write_timeout:g} s")
+            return False
+        return True
+
+    async def writable(self) -> None:
+        """Wait until nothing waits for this client (or it is gone): back-pressure for an application's own sends."""
+        while self._backlog is not None and not self.closed:
+            waiter = asyncio.get_running_loop().create_future()
+            if self._waiters is None:
+                self._waiters = []
+            self._waiters.append(waiter)
+            await waiter
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _close_slow(self, why: str) -> None:
+        code, reason = self.slow_close
+        self._fanout.slow_closed += 1
+        logger.warning("connection from %s closed as slow (%d): %s", self._protocol.peer_name(), code, why)
+        # What still waits is given up; the frame that is half out stays whole, the close frame follows it.
+        self._backlog = Backlog(self.max_backlog)
+        self._protocol.close(code, reason)
+
+    def close(self) -> None:
+        """Take nothing more. The protocol writes the close frame."""
+        self.closed = True
+        self._fanout.unwatch(self)
+        self._wake()
+
+    def rest(self) -> bytes:
+        """What still waits, for the protocol to put before its close frame."""
+        backlog, self._backlog = self._backlog, None
+        return b"".join(backlog.take()) if backlog is not None else b""
+
+
+class AsgiSink:
+    """Messages of one client on the way through ASGI ``send``: one writer task, one bounded backlog."""
+
+    __slots__ = (
+        "__weakref__",
+        "_backlog",
+        "_closing",
+        "_fanout",
+        "_held",
+        "_on_gone",
+        "_since",
+        "_task",
+        "_waiters",
+        "_websocket",
+        "closed",
+        "max_backlog",
+        "pending",
+        "slow_close",
+        "write_timeout",
+    )
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        fanout: Fanout,
+        max_backlog: int,
+        write_timeout: float,
+        on_gone: Callable[[int, str], None],
+    ) -> None:
+        self._websocket = websocket
+        self._fanout = fanout
+        self._backlog = Backlog(max_backlog)
+        self._held = True
+        self._task: asyncio.Task[None] | None = None
+        self._since = 0.0
+        self._waiters: list[asyncio.Future[None]] | None = None
+        self._on_gone = on_gone
+        self._closing = False
+        self.pending: list[Run] | None = None
+        self.closed = False
+        self.max_backlog = max_backlog
+        self.write_timeout = write_timeout
+        self.slow_close = (1013, "slow consumer")
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes that wait for this client in this process."""
+        return self._backlog.size
+
+    def open(self) -> None:
+        """The handshake is answered: what was held leaves now."""
+        self._held = False
+        self._start()
+
+    def write_run(self, run: Run) -> None:
+        for payload in run.payloads:
+            self._add(Waiting(payload, run.policy, run.topic))
+
+    def write_runs(self, runs: list[Run]) -> None:
+        for run in runs:
+            self.write_run(run)
+
+    @property
+    def flowing(self) -> bool:
+        """True while nothing waits: what is sent leaves at once."""
+        return not self._backlog.items
+
+    def push(self, payload: bytes) -> None:
+        """One text message, before anything that this turn of the loop still owes."""
+        self._add(Waiting(payload))
+
+    def _add(self, item: Waiting) -> None:
+        if self.closed:
+            return
+        dropped = self._backlog.dropped
+        fits = self._backlog.add(item)
+        self._fanout.slow_dropped += self._backlog.dropped - dropped
+        if not fits:
+            self._close_slow(f"more than {self.max_backlog} bytes wait for it")
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        if self._held or self.closed or not self._backlog.items:
+            return
+        if self._task is None or self._task.done():
+            self._since = asyncio.get_running_loop().time()
+            self._task = asyncio.get_running_loop().create_task(self._drain())
+            self._fanout.watch(self)
+
+    async def _drain(self) -> None:
+        """Send what waits until nothing does; ends then, so an idle client has no task."""
+        try:
+            while self._backlog.items and not self.closed:
+                item = self._backlog.items.popleft()
+                await self._websocket.send_text(item.data.decode())
+                self._backlog.size -= len(item.data)
+                self._since = asyncio.get_running_loop().time()
+        except Exception as exc:
+            # Servers differ in what they raise once the client is gone; whatever it was, this client is done.
+            logger.debug("client gone while sending: %r", exc)
+            self.close()
+            self._on_gone(1006, "")
+        self._wake()
+
+    def overdue(self, now: float) -> bool:
+        if self.closed or self._task is None or self._task.done():
+            return False
+        if now - self._since >= self.write_timeout:
+            self._close_slow(f"nothing left for {self.write_timeout:g} s")
+            return False
+        return True
+
+    async def writable(self) -> None:
+        """Wait until nothing waits for this client, or it is gone."""
+        while self._backlog.items and not self.closed:
+            waiter = asyncio.get_running_loop().create_future()
+            if self._waiters is None:
+                self._waiters = []
+            self._waiters.append(waiter)
+            await waiter
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _close_slow(self, why: str) -> None:
+        code, reason = self.slow_close
+        self._fanout.slow_closed += 1
+        logger.warning("connection from %s closed as slow (%d): %s", self._websocket.client, code, why)
+        task = self._task
+        self.close()
+        if task is not None:
+            task.cancel()
+        self._on_gone(code, reason)
+        self._task = asyncio.get_running_loop().create_task(self._say_goodbye(code, reason))
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        try:
+            async with asyncio.timeout(self.write_timeout):
+                await self._websocket.close(code, reason)
+        except Exception as exc:
+            logger.debug("close frame of a slow client not sent: %r", exc)
+
+    async def finish(self) -> None:
+        """Let what waits leave, within the write deadline; then take nothing more."""
+        task = self._task
+        if task is not None and not task.done():
+            await asyncio.wait([task], timeout=self.write_timeout)
+        self.close()
+
+    def close(self) -> None:
+        """Take nothing more."""
+        self.closed = True
+        self._fanout.unwatch(self)
+        self._wake()
+
+
+AnySink = SocketSink | AsgiSink

@@ -1,0 +1,252 @@
+"""How a manager's messages leave it: at once through a direct broker, or by a task through any other.
+
+Between :class:`~workers.manager.WebSocketManager` and a broker. Both transports have the same face.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any, Final
+
+from ipc.envelope import BROADCAST, DIRECT, Envelope
+from ipc.peer import BusFull, InterestKind
+from workers import jsontext
+from workers.broker_interface import BrokerInterface
+from workers.brokers import Deliver, DirectBroker, to_envelope
+from workers.message import Message
+
+logger = logging.getLogger("workers")
+
+#: Messages that may wait for a broker that is driven by a task.
+MAX_OUTBOX: Final = 1000
+#: Seconds before a broker whose ``get_message`` failed is asked again; doubles up to the second figure.
+RETRY: Final = (0.1, 5.0)
+#: Seconds to wait when ``get_message`` returns None at once, so that a polling broker does not burn a core.
+IDLE: Final = 0.005
+
+
+class Accepted:
+    """What publishing returns: may be awaited (done when the bus has accepted the message) or ignored."""
+
+    __slots__ = ("_wait",)
+
+    def __init__(self, wait: Callable[[], Any] | None = None) -> None:
+        self._wait = wait
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if self._wait is not None:
+            yield from self._wait().__await__()
+
+
+DONE: Final = Accepted()
+
+
+class DirectTransport:
+    """Messages of one manager through a direct broker."""
+
+    def __init__(self, broker: DirectBroker, channel: str) -> None:
+        self.broker = broker
+        self.channel = channel
+        self._deliver: Deliver | None = None
+
+    async def start(self, deliver: Deliver) -> None:
+        """Connect; envelopes of the channel go to ``deliver`` from now on, our own too."""
+        await self.broker.connect()
+        self._deliver = deliver
+        self.broker.join(self.channel, deliver)
+
+    async def stop(self) -> None:
+        """The end of :meth:`start`."""
+        if self._deliver is not None:
+            self.broker.leave(self.channel, self._deliver)
+            self._deliver = None
+        await self.broker.disconnect()
+
+    def publish(self, envelope: Envelope, local: bool) -> Accepted:
+        """To everybody on the channel, or to this process alone."""
+        self.broker.publish_envelope(envelope, local=local)
+        return Accepted(self.broker.accepted) if self.broker.congested else DONE
+
+    @property
+    def congested(self) -> bool:
+        """True while whoever publishes should pause."""
+        return self.broker.congested
+
+    def on_clear(self, callback: Callable[[], None]) -> None:
+        """Call back once when no longer congested."""
+        self.broker.on_clear(callback)
+
+    async def accepted(self) -> None:
+        """Wait until not congested."""
+        await self.broker.accepted()
+
+    def interest_add(self, kind: InterestKind, text: str) -> None:
+        """This process wants such envelopes of the channel from now on."""
+        self.broker.interest_add(kind, self.channel, text)
+
+    def interest_discard(self, kind: InterestKind, text: str) -> None:
+        """It no longer does, for one of those who did."""
+        self.broker.interest_discard(kind, self.channel, text)
+
+
+class BrokerTransport:
+    """Messages of one manager through a broker that has only :class:`BrokerInterface` (Redis, or the user's).
+
+    What is published comes back from the broker, to this process too: nobody gets it twice.
+    """
+
+    def __init__(self, broker: BrokerInterface, channel: str) -> None:
+        self.broker = broker
+        self.channel = channel
+        self._deliver: Deliver | None = None
+        self._outbox: deque[dict[str, Any]] = deque()
+        self._more = asyncio.Event()
+        self._room = asyncio.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, deliver: Deliver) -> None:
+        """Connect, subscribe, and start the two tasks that publish and listen."""
+        self._more = asyncio.Event()
+        self._room = asyncio.Event()
+        await self.broker.connect()
+        await self.broker.subscribe(self.channel)
+        self._deliver = deliver
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
+
+    async def stop(self) -> None:
+        """Publish what waits (for a second at most), end the tasks, disconnect."""
+        if self._tasks and self._outbox:
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._flushed()
+            except TimeoutError:
+                logger.warning("%d messages to the broker were not published at shutdown", len(self._outbox))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        self._deliver = None
+        try:
+            await self.broker.unsubscribe(self.channel)
+        finally:
+            await self.broker.disconnect()
+
+    async def _flushed(self) -> None:
+        while self._outbox:
+            self._room.clear()
+            await self._room.wait()
+
+    def publish(self, envelope: Envelope, local: bool) -> Accepted:
+        """Queue for the broker; ``local`` delivers to this process without it.
+
+        Raises:
+            BusFull: so many messages wait that nobody awaited.
+            ValueError: the data is no object, and this wire format has nothing else.
+        """
+        if local:
+            if self._deliver is not None:
+                self._deliver([envelope])
+            return DONE
+        if not self._tasks:
+            raise RuntimeError("this manager is not started; call await manager.startup() first")
+        if len(self._outbox) >= 2 * MAX_OUTBOX:
+            raise BusFull(f"{len(self._outbox)} messages wait for the broker; await what send() returns")
+        self._outbox.append(_to_wire(envelope))
+        self._more.set()
+        return Accepted(self.accepted)
+
+    @property
+    def congested(self) -> bool:
+        """True while whoever publishes should pause."""
+        return len(self._outbox) >= MAX_OUTBOX
+
+    def on_clear(self, callback: Callable[[], None]) -> None:
+        """Call back once when no longer congested."""
+        if self.congested:
+            self._callbacks.append(callback)
+        else:
+            callback()
+
+    async def accepted(self) -> None:
+        """Wait until there is room in front of the broker."""
+        while self.congested:
+            self._room.clear()
+            await self._room.wait()
+
+    def interest_add(self, kind: InterestKind, text: str) -> None:
+        """Such a broker brings everything."""
+
+    def interest_discard(self, kind: InterestKind, text: str) -> None:
+        """Such a broker brings everything."""
+
+    async def _pump(self) -> None:
+        while True:
+            while self._outbox:
+                message = self._outbox[0]
+                try:
+                    await self.broker.publish(self.channel, message)
+                except Exception:
+                    logger.exception(
+                        "the broker did not take a message on channel %r; it is lost", self.channel
+                    )
+                self._outbox.popleft()
+                self._room.set()
+                if not self.congested:
+                    callbacks, self._callbacks = self._callbacks, []
+                    for callback in callbacks:
+                        callback()
+            self._more.clear()
+            await self._more.wait()
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        delay = RETRY[0]
+        while True:
+            asked = loop.time()
+            try:
+                message = await self.broker.get_message()
+                if message is not None and self._deliver is not None:
+                    self._deliver([to_envelope(self.channel, message)])
+                delay = RETRY[0]
+            except Exception as exc:
+                # A listener that dies is a hub that looks healthy and delivers nothing.
+                logger.warning("the broker's get_message failed on channel %r: %r", self.channel, exc)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RETRY[1])
+                continue
+            if message is None and loop.time() - asked < IDLE:
+                await asyncio.sleep(IDLE)
+
+
+def _to_wire(envelope: Envelope) -> dict[str, Any]:
+    data = jsontext.decode(envelope.data)
+    if not isinstance(data, dict):
+        raise ValueError(f"through this broker only objects can be published, not {type(data).__name__}")
+    if envelope.kind == BROADCAST:
+        message = Message(type="broadcast", data=data)
+    elif envelope.kind == DIRECT:
+        ids = list(envelope.conn_ids)
+        message = Message(type="send_by_conn_id", data=data, conn_id=ids[0] if len(ids) == 1 else ids)
+    else:
+        message = Message(type="send", data=data, topic=envelope.topic)
+    wire = message.__serialize__()
+    wire.setdefault("topic", None)
+    wire.setdefault("conn_id", None)
+    return wire
+
+
+Transport = DirectTransport | BrokerTransport
+
+
+def transport_for(broker: BrokerInterface, channel: str) -> Transport:
+    """The right transport for ``broker``."""
+    return (
+        DirectTransport(broker, channel)
+        if isinstance(broker, DirectBroker)
+        else BrokerTransport(broker, channel)
+    )
