@@ -12,7 +12,7 @@ from bench import crossworker, growth, plot, publish
 from bench.build import NoCompiler, build
 from bench.generator import LoadFailed
 from bench.places import RESULTS, ROOT
-from bench.report import faults, generator_line, peers_table, targets_table
+from bench.report import details, faults, generator_line, peers_table, targets_table
 from bench.results import Results, begin
 from bench.run import plan, progress, run_all, start
 from bench.scenarios import GROUPS, SCENARIOS, Timing
@@ -135,6 +135,7 @@ def show(results: Results) -> None:
         from bench import index
 
         sections.append(index.report(results))
+    sections.append(details(results))
     print("\n\n".join(section for section in sections if section))
     for line in (
         *(f"skipped: {name}: {why}" for name, why in results.missing.items()),

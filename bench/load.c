@@ -328,7 +328,7 @@ static bool measure(struct reading *a, struct reading *b) {
     read_all(b);
     atomic_store(&phase, DRAIN);
     nap(0.02);
-    return !stalled && wait_until(delivered, expected_deliveries(), 10);
+    return !stalled && wait_until(delivered, expected_deliveries(), 5);
 }
 
 static bool listen_for(struct reading *a, struct reading *b) {

@@ -74,7 +74,8 @@ def plot_peers(results: Results, path: Path) -> None:
         for row, name in enumerate(names):
             axes.hlines(row, low, found[name], color="#e4e7eb", linewidth=1, zorder=1)
             axes.scatter(found[name], row, color=colour(name), s=36, zorder=2)
-            axes.text(found[name] * 1.25, row, figure(found[name]), va="center", color=INK)
+            text = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "color": INK}
+            axes.annotate(figure(found[name]), (found[name], row), **text)
         axes.set_yticks(range(len(names)), [SERVERS[name].title for name in names])
         axes.set_xscale("log")
         axes.set_xlim(low, max(found.values()) * 3)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.results import Results
+from bench.scenarios import SCENARIOS
 from bench.servers import SERVERS
 from bench.stats import figure, ratio, table
 
@@ -20,6 +20,7 @@ COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("D", "D bytes/conn", "bytes_per_connection", ""),
     ("D", "D conn/s", "connects_per_s", ""),
     ("D", "D µs/conn", "cpu_us_per_connect", ""),
+    ("storm", "storm conn/s", "connects_per_s", ""),
 )
 """Scenario, head, and the one or two figures of each column of the peers' table."""
 
@@ -125,8 +126,28 @@ def generator_line(results: Results) -> str:
     return f"load generator: at most {max(shares):.2f} of one core in any run" if shares else ""
 
 
-def rows(head: Sequence[str], found: Sequence[Sequence[object]]) -> str:
-    """A table of mixed cells, numbers written by :func:`bench.stats.figure`."""
-    return table(
-        head, [[figure(c) if isinstance(c, int | float) else str(c) for c in line] for line in found]
-    )
+DETAILS: tuple[tuple[str, str], ...] = (
+    ("cpu_us", "CPU µs"),
+    ("deliveries_per_s", "deliveries/s"),
+    ("p50_ms", "p50 ms"),
+    ("p99_ms", "p99 ms"),
+    ("p999_ms", "p99.9 ms"),
+    ("lost", "lost"),
+)
+
+
+def details(results: Results) -> str:
+    """One table a scenario of messages: rate, latency, loss, and CPU as a multiple of ours."""
+    tables = []
+    for scenario in (s for s in SCENARIOS.values() if s.metric == "cpu_us"):
+        ours = results.spread(scenario.name, "flockwire", "cpu_us")
+        lines = []
+        for name, spec in SERVERS.items():
+            found = [results.spread(scenario.name, name, metric) for metric, _ in DETAILS]
+            if found[0] is not None:
+                medians = [figure(one.median if one else None) for one in found]
+                lines.append([spec.title, *medians, figure(ratio(found[0], ours)), str(found[0].rounds)])
+        if lines:
+            head = [scenario.title, *(words for _, words in DETAILS), "× flockwire (1)", "rounds"]
+            tables.append(f"{scenario.name}\n\n{table(head, lines)}")
+    return "\n\n".join(tables)

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import importlib.util
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -90,6 +91,7 @@ class Running:
         self.directory = Path(tempfile.mkdtemp(prefix="flockwire-bench-"))
         self.log = self.directory / "log"
         self.processes: list[subprocess.Popen[bytes]] = []
+        raise_descriptors()
         try:
             commands = spec.commands(self.port, self.directory)
             environ = {**os.environ, **commands.environ, "PYTHONPATH": str(ROOT)}
@@ -145,6 +147,12 @@ class Running:
         for process in self.processes:
             process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def raise_descriptors() -> None:
+    """Servers inherit the limit of descriptors: 10,000 connections need more than the usual soft one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def free_port(first: int | None = None) -> int:
@@ -345,6 +353,7 @@ SERVERS: dict[str, Spec] = {
         Spec("picows", "picows, bare loop (1)", peer_module("picows_loop.py", "picows")),
         Spec("socketio", "Socket.IO + cluster adapter (2)", socketio, SOCKETIO, processes=3),
         Spec("uvicorn", "uvicorn + Starlette loop (1)", uvicorn_loop),
+        Spec("redis", "uvicorn + Redis (2)", uvicorn_redis, Dialect(echo=None), processes=2),
         Spec(
             "original",
             "original library + Redis (2)",

@@ -306,6 +306,7 @@ class Outbound:
         if not link.credit(unpack_credit(self._board.words[link.credit_index], self._epoch)):
             return False
         link.tail_pause = _FIRST_TAIL
+        link.tail_at = 0.0
         while link.waiters and link.waiters[0][0] <= link.acked_number:
             link.waiters.popleft()[1].one_done()
         if was_stalled:

@@ -13,7 +13,7 @@ import functools
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -26,7 +26,7 @@ from workers.context import current_settings
 from workers.gauges import Gauges
 from workers.message import Message
 
-Deliver = Callable[[list[Envelope]], None]
+Deliver = Callable[[Sequence[Envelope]], None]
 
 #: Messages that may wait for ``get_message`` of a direct broker; the oldest goes first.
 MAX_WAITING: Final = 1000
@@ -41,7 +41,7 @@ class _Member:
         self.loop = loop
         self.deliver = deliver
 
-    def hand(self, envelopes: list[Envelope], here: asyncio.AbstractEventLoop | None) -> None:
+    def hand(self, envelopes: Sequence[Envelope], here: asyncio.AbstractEventLoop | None) -> None:
         if self.loop is here:
             self.deliver(envelopes)
         elif not self.loop.is_closed():
@@ -62,8 +62,9 @@ class DirectBroker(BrokerInterface):
         """The members of each channel in this process."""
         raise RuntimeError("this broker is not connected; call connect() or manager.startup() first")
 
-    def to_others(self, envelope: Envelope) -> None:
-        """Give an envelope to the other processes."""
+    def to_others(self, envelope: Envelope) -> bool:
+        """Give an envelope to the other processes; True when whoever publishes should pause now."""
+        return False
 
     @property
     def congested(self) -> bool:
@@ -85,10 +86,14 @@ class DirectBroker(BrokerInterface):
 
     # What managers use.
 
-    def join(self, channel: str, deliver: Deliver) -> None:
-        """Hand envelopes of ``channel``, from this process and others, to ``deliver`` in order."""
+    def join(self, channel: str, deliver: Deliver) -> Sequence[object]:
+        """Hand envelopes of ``channel``, from this process and others, to ``deliver`` in order.
+
+        Returns all that are on the channel in this process, now and later.
+        """
         members = self.channels().setdefault(channel, [])
         members.append(_Member(asyncio.get_running_loop(), deliver))
+        return members
 
     def leave(self, channel: str, deliver: Deliver) -> None:
         """The end of :meth:`join`; may be called twice."""
@@ -107,7 +112,7 @@ class DirectBroker(BrokerInterface):
             self.to_others(envelope)
         self.hand_here(envelope.channel, [envelope])
 
-    def hand_here(self, channel: str, envelopes: list[Envelope]) -> None:
+    def hand_here(self, channel: str, envelopes: Sequence[Envelope]) -> None:
         """Give envelopes to the members in this process."""
         _hand(self.channels(), channel, envelopes)
 
@@ -148,7 +153,7 @@ class DirectBroker(BrokerInterface):
         """Whether anybody of this process is on ``channel``."""
         return bool(self.channels().get(channel))
 
-    def _enqueue(self, envelopes: list[Envelope]) -> None:
+    def _enqueue(self, envelopes: Sequence[Envelope]) -> None:
         for envelope in envelopes:
             if len(self._queue) >= MAX_WAITING:
                 self._queue.popleft()
@@ -164,7 +169,7 @@ class DirectBroker(BrokerInterface):
         await self.disconnect()
 
 
-def _hand(channels: dict[str, list[_Member]], channel: str, envelopes: list[Envelope]) -> None:
+def _hand(channels: dict[str, list[_Member]], channel: str, envelopes: Sequence[Envelope]) -> None:
     members = channels.get(channel)
     if members:
         try:
@@ -235,23 +240,26 @@ class IpcBroker(DirectBroker):
         if peer is not None:
             await peer.close()
 
-    def join(self, channel: str, deliver: Deliver) -> None:
+    def join(self, channel: str, deliver: Deliver) -> Sequence[object]:
         first = channel not in self.channels()
-        super().join(channel, deliver)
+        members = super().join(channel, deliver)
         if first and self.peer is not None:
             # Not bound to this broker: others of the process may stay on the channel when it has gone.
             self.peer.attach(channel, functools.partial(_hand, self.channels(), channel))
+        return members
 
     def leave(self, channel: str, deliver: Deliver) -> None:
         super().leave(channel, deliver)
         if channel not in self.channels() and self.peer is not None:
             self.peer.detach(channel)
 
-    def to_others(self, envelope: Envelope) -> None:
-        if self.peer is None:
-            self.channels()
-        else:
-            self.peer.publish(envelope)
+    def to_others(self, envelope: Envelope) -> bool:
+        peer = self.peer
+        if peer is None:
+            self.channels()  # says that this broker is not connected
+            return False
+        peer.publish(envelope)
+        return peer.congested
 
     @property
     def congested(self) -> bool:

@@ -19,8 +19,9 @@ from ipc.topics import check_pattern
 from workers import codes, jsontext
 from workers.errors import WebSocketException
 from workers.fanout import binary_frame, current_fanout
+from workers.limited_protocol import HOLD_INBOX
 from workers.message import Message, validate_client_message
-from workers.protocol import HOLD_INBOX, WebSocketProtocol
+from workers.protocol import WebSocketProtocol
 from workers.sinks import AnySink, AsgiSink, SocketSink
 
 logger = logging.getLogger("workers")

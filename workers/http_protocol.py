@@ -13,7 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from workers.protocol import nothing
+from workers.limited_protocol import nothing
 
 #: Seconds from the connection to the end of the request's head.
 HANDSHAKE_TIMEOUT: Final = 10.0

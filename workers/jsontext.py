@@ -37,7 +37,7 @@ def encode(value: Any) -> bytes:
         raise ValueError("cannot be sent as JSON: nested too deep") from None
 
 
-def decode(text: bytes | str) -> Any:
+def decode(text: bytes | str | msgspec.Raw) -> Any:
     """The value of a JSON text.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from starlette.websockets import WebSocket
@@ -25,7 +25,7 @@ from workers.codes import SERVICE_RESTART, ErrorCode
 from workers.connection import Connection
 from workers.context import current_settings
 from workers.errors import WebSocketException
-from workers.fanout import Fanout, current_fanout
+from workers.fanout import Fanout, current_fanout, text_frame
 from workers.message import Message
 from workers.plain import handle_message
 from workers.settings import Settings
@@ -266,10 +266,14 @@ class WebSocketManager:
 
         What is wrong with it becomes an error message to the client. Waits while the bus is full.
         """
-        if isinstance(message, Message):
-            message = message.__serialize__()
         try:
-            handle_message(self, connection, message)
+            if isinstance(message, Message):
+                message = message.__serialize__()
+            if not isinstance(message, dict):
+                raise WebSocketException(
+                    f"expected a JSON object, got {type(message).__name__}", connection=connection
+                )
+            handle_message(self, connection, dict(message))
         except WebSocketException as exc:
             connection.answer_error(exc.message, exc.code)
         await self._transport.accepted()
@@ -346,17 +350,18 @@ class WebSocketManager:
 
     # --- messages: out ------------------------------------------------------------------------------------
 
-    def _deliver(self, envelopes: list[Envelope]) -> None:
+    def _deliver(self, envelopes: Sequence[Envelope]) -> None:
         """Envelopes of this channel, from here or from the bus, in order."""
         fanout = self._fanout or current_fanout()
+        policy = self.rules.slow_consumer
         for envelope in envelopes:
             kind = envelope.kind
             if kind == TOPIC:
-                targets = self._index.match(envelope.topic)
+                topic = envelope.topic
+                targets = self._index.match(topic)
                 if targets:
-                    fanout.send(
-                        targets, envelope.data, self.rules.slow_consumer(envelope.topic), envelope.topic
-                    )
+                    data = envelope.data
+                    fanout.send_frame(targets, text_frame(data), data, policy(topic), topic)
             elif kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)
             else:

@@ -7,7 +7,6 @@ objects from :meth:`workers.WebSocketManager.receive`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -16,15 +15,15 @@ from ipc.peer import BusFull
 from ipc.topics import InvalidTopic, check_pattern
 from workers import codes, jsontext
 from workers.codes import ErrorCode
-from workers.protocol import HOLD_BUS
+from workers.limited_protocol import HOLD_BUS
+from workers.transport import DONE, Accepted
 
 if TYPE_CHECKING:
     from workers.connection import Connection
     from workers.manager import WebSocketManager
-    from workers.transport import Accepted
 
 _UNSET: Final = object()
-_NULL: Final = (None, msgspec.Raw(b"null"))
+_text_decoder = msgspec.json.Decoder(str)
 
 
 class Refused(Exception):
@@ -55,19 +54,17 @@ class PlainSession:
         except jsontext.NotJson as exc:
             connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
             return
-        handle_message(self._manager, connection, message)
-        transport = self._manager.transport
-        if transport.congested:
-            connection.hold_reading(HOLD_BUS, transport.on_clear)
+        if not handle_message(self._manager, connection, message):
+            connection.hold_reading(HOLD_BUS, self._manager.transport.on_clear)
 
 
-def handle_message(manager: WebSocketManager, connection: Connection, message: Mapping[str, Any]) -> None:
-    """Act on a client's object, whose values are decoded or ``msgspec.Raw``; answer what is wrong with it."""
+def handle_message(manager: WebSocketManager, connection: Connection, data: dict[str, Any]) -> bool:
+    """Act on a client's object, whose values are decoded or ``msgspec.Raw``; answer what is wrong with it.
+
+    ``data`` is taken apart. Returns False when the client should not be read until the bus has room again.
+    """
     ack: Any = _UNSET
     try:
-        if not isinstance(message, Mapping):
-            raise Refused(ErrorCode.BAD_REQUEST, f"expected a JSON object, got {type(message).__name__}")
-        data = dict(message)
         ack = data.pop("ack", _UNSET)
         kind = _text(data.pop("type", None), "type")
         accepted = _act(manager, connection, kind, data)
@@ -76,13 +73,15 @@ def handle_message(manager: WebSocketManager, connection: Connection, message: M
             connection.answer_error(str(exc), exc.code)
         else:
             connection.answer_error(str(exc), exc.code, ack)
-        return
+        return True
     connection.no_error()
+    room = accepted is None or accepted is DONE
     if ack is not _UNSET:
-        if accepted is None or not manager.transport.congested:
+        if room:
             connection.push({"type": "ack", "ack": ack})
         else:
             manager.transport.on_clear(lambda: connection.push({"type": "ack", "ack": ack}))
+    return room
 
 
 def _act(
@@ -153,10 +152,15 @@ def subscribe_at_connect(manager: WebSocketManager, connection: Connection, patt
 
 def _value(value: Any) -> Any:
     """A member's value, decoded if it is still as it was written."""
-    return jsontext.decode(bytes(value)) if isinstance(value, msgspec.Raw) else value
+    return jsontext.decode(value) if isinstance(value, msgspec.Raw) else value
 
 
 def _text(value: Any, name: str) -> str:
+    if type(value) is msgspec.Raw:
+        try:
+            return _text_decoder.decode(value)
+        except (msgspec.DecodeError, UnicodeError):
+            pass  # the long way finds the words
     try:
         decoded = _value(value)
     except jsontext.NotJson as exc:

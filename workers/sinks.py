@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from workers.fanout import Fanout, Run, SlowPolicy, text_frame
+from workers.backlog import Backlog as Backlog
+from workers.backlog import Waiting as Waiting
+from workers.fanout import Fanout, Run, text_frame
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -25,63 +26,6 @@ if TYPE_CHECKING:
     from workers.protocol import WebSocketProtocol
 
 logger = logging.getLogger("workers")
-
-
-class Waiting(NamedTuple):
-    """Something that waits for its client: one write's bytes, or one message where the policy may drop it."""
-
-    data: bytes
-    policy: SlowPolicy = "close"
-    topic: str = ""
-
-
-class Backlog:
-    """What waits for one client, bounded in bytes, with the three policies. Pure: no socket, no clock."""
-
-    __slots__ = ("dropped", "items", "limit", "size")
-
-    def __init__(self, limit: int) -> None:
-        self.items: deque[Waiting] = deque()
-        self.limit = limit
-        self.size = 0
-        self.dropped = 0
-
-    def add(self, item: Waiting, already: int = 0) -> bool:
-        """Append ``item``; ``already`` bytes wait beneath us. False: over the limit and nothing may be dropped."""
-        if item.policy == "latest":
-            self._drop_topic(item.topic)
-        self.items.append(item)
-        self.size += len(item.data)
-        if self.size + already > self.limit:
-            self._drop_oldest(already)
-        return self.size + already <= self.limit
-
-    def take(self) -> list[bytes]:
-        """All that waits, in order; the backlog is empty afterwards."""
-        data = [item.data for item in self.items]
-        self.items.clear()
-        self.size = 0
-        return data
-
-    def _drop_topic(self, topic: str) -> None:
-        for index, item in enumerate(self.items):
-            if item.policy == "latest" and item.topic == topic:
-                del self.items[index]
-                self.size -= len(item.data)
-                self.dropped += 1
-                return
-
-    def _drop_oldest(self, already: int) -> None:
-        keep: deque[Waiting] = deque()
-        while self.items and self.size + already > self.limit:
-            item = self.items.popleft()
-            if item.policy == "close":
-                keep.append(item)
-            else:
-                self.size -= len(item.data)
-                self.dropped += 1
-        keep.extend(self.items)
-        self.items = keep
 
 
 class SocketSink:
@@ -111,7 +55,7 @@ class SocketSink:
         self._protocol = protocol
         self._fanout = fanout
         # A backlog exists while the client is held (before accept) or blocked; None means "write at once".
-        self._backlog: Backlog | None = Backlog(max_backlog)
+        self._backlog: Backlog | None = Backlog(max_backlog, joins=True)
         self._progress = (0.0, 0)
         self._waiters: list[asyncio.Future[None]] | None = None
         self.pending: list[Run] | None = None
@@ -179,7 +123,7 @@ class SocketSink:
     def blocked(self) -> None:
         """The transport holds bytes that the kernel did not take."""
         if self._backlog is None and not self.closed:
-            self._backlog = Backlog(self.max_backlog)
+            self._backlog = Backlog(self.max_backlog, joins=True)
             self._progress = (
                 asyncio.get_running_loop().time(),
                 self._protocol.transport.get_write_buffer_size(),
@@ -194,7 +138,7 @@ class SocketSink:
         backlog, self._backlog = self._backlog, None
         if self.closed:
             return
-        if backlog is not None and backlog.items:
+        if backlog:
             self._protocol.write(b"".join(backlog.take()))
         if self._backlog is None:
             self._fanout.unwatch(self)
@@ -205,9 +149,11 @@ class SocketSink:
             return False
         left = self._protocol.transport.get_write_buffer_size()
         since, before = self._progress
-        if left != before:
+        if left < before:
             self._progress = (now, left)
-        elif now - since >= self.write_timeout:
+        elif left > before:
+            self._progress = (since, left)  # our pings and pongs: nothing has left
+        if left >= before and now - since >= self.write_timeout:
             self._close_slow(f"nothing left for {self.write_timeout:g} s")
             return False
         return True
@@ -232,7 +178,7 @@ class SocketSink:
         self._fanout.slow_closed += 1
         logger.warning("connection from %s closed as slow (%d): %s", self._protocol.peer_name(), code, why)
         # What still waits is given up; the frame that is half out stays whole, the close frame follows it.
-        self._backlog = Backlog(self.max_backlog)
+        self._backlog = Backlog(self.max_backlog, joins=True)
         self._protocol.close(code, reason)
 
     def close(self) -> None:
@@ -311,8 +257,8 @@ class AsgiSink:
 
     @property
     def flowing(self) -> bool:
-        """True while nothing waits: what is sent leaves at once."""
-        return not self._backlog.items
+        """True while nothing waits and nothing is on its way: what is sent leaves at once."""
+        return not self._backlog and (self._task is None or self._task.done())
 
     def push(self, payload: bytes) -> None:
         """One text message, before anything that this turn of the loop still owes."""
@@ -330,7 +276,7 @@ class AsgiSink:
             self._start()
 
     def _start(self) -> None:
-        if self._held or self.closed or not self._backlog.items:
+        if self._held or self.closed or not self._backlog:
             return
         if self._task is None or self._task.done():
             self._since = asyncio.get_running_loop().time()
@@ -340,10 +286,10 @@ class AsgiSink:
     async def _drain(self) -> None:
         """Send what waits until nothing does; ends then, so an idle client has no task."""
         try:
-            while self._backlog.items and not self.closed:
-                item = self._backlog.items.popleft()
+            while self._backlog and not self.closed:
+                item = self._backlog.pop()
                 await self._websocket.send_text(item.data.decode())
-                self._backlog.size -= len(item.data)
+                self._backlog.gone(item)
                 self._since = asyncio.get_running_loop().time()
         except Exception as exc:
             # Servers differ in what they raise once the client is gone; whatever it was, this client is done.
@@ -362,7 +308,7 @@ class AsgiSink:
 
     async def writable(self) -> None:
         """Wait until nothing waits for this client, or it is gone."""
-        while self._backlog.items and not self.closed:
+        while not self.flowing and not self.closed:
             waiter = asyncio.get_running_loop().create_future()
             if self._waiters is None:
                 self._waiters = []
@@ -398,6 +344,7 @@ class AsgiSink:
         task = self._task
         if task is not None and not task.done():
             await asyncio.wait([task], timeout=self.write_timeout)
+            task.cancel()
         self.close()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
 from ipc.envelope import BROADCAST, DIRECT, Envelope
@@ -51,12 +51,13 @@ class DirectTransport:
         self.broker = broker
         self.channel = channel
         self._deliver: Deliver | None = None
+        self._members: Sequence[object] = ()
 
     async def start(self, deliver: Deliver) -> None:
         """Connect; envelopes of the channel go to ``deliver`` from now on, our own too."""
         await self.broker.connect()
         self._deliver = deliver
-        self.broker.join(self.channel, deliver)
+        self._members = self.broker.join(self.channel, deliver)
 
     async def stop(self) -> None:
         """The end of :meth:`start`."""
@@ -67,8 +68,12 @@ class DirectTransport:
 
     def publish(self, envelope: Envelope, local: bool) -> Accepted:
         """To everybody on the channel, or to this process alone."""
-        self.broker.publish_envelope(envelope, local=local)
-        return Accepted(self.broker.accepted) if self.broker.congested else DONE
+        congested = not local and self.broker.to_others(envelope)
+        if self._deliver is not None and len(self._members) == 1:
+            self._deliver((envelope,))
+        else:
+            self.broker.hand_here(self.channel, (envelope,))
+        return Accepted(self.broker.accepted) if congested else DONE
 
     @property
     def congested(self) -> bool:

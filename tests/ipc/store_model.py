@@ -88,7 +88,8 @@ class Model:
     def evict(self, now: float) -> bool:
         """The oldest thing goes: an entry, or the memory of an empty topic."""
         things = [
-            (topic.kept[0].offset if topic.kept else topic.trimmed, name) for name, topic in self.topics.items()
+            (topic.kept[0].offset if topic.kept else topic.trimmed, name)
+            for name, topic in self.topics.items()
         ]
         if not things:
             return False

@@ -67,12 +67,17 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.close()
             shutil.rmtree(self.directory)
 
-    @rule(channel=channels, names=st.lists(topics, min_size=1, max_size=12), repeat=st.sampled_from([1, 1, 1, 7, 70]))
+    @rule(
+        channel=channels,
+        names=st.lists(topics, min_size=1, max_size=12),
+        repeat=st.sampled_from([1, 1, 1, 7, 70]),
+    )
     def append(self, channel: str, names: list[str], repeat: int) -> None:
         names = names * repeat
         data = [b"%d" % (self.model.top + place) for place in range(len(names))]
         entries = [
-            Entry(channel, topic, each, Retention(*RULES[topic])) for topic, each in zip(names, data, strict=True)
+            Entry(channel, topic, each, Retention(*RULES[topic]))
+            for topic, each in zip(names, data, strict=True)
         ]
         positions = self.store.append(entries)
         for topic, each, position in zip(names, data, positions, strict=True):
@@ -149,7 +154,9 @@ class StoreMachine(RuleBasedStateMachine):
         reverse=st.booleans(),
         cap=st.sampled_from([2, 300, 10**6]),
     )
-    def history(self, channel: str, topic: str, limit: int, back: int | None, reverse: bool, cap: int) -> None:
+    def history(
+        self, channel: str, topic: str, limit: int, back: int | None, reverse: bool, cap: int
+    ) -> None:
         since = None if back is None else max(1, self.model.top - back)
         page = self.store.history(
             channel, topic, limit, None if since is None else (self.store.epoch, since), reverse, cap

@@ -166,11 +166,7 @@ def restarts(times: int) -> None:
             hub.run(burst_after_start(hub))
             victim = random.choice(hub.worker_pids())
             os.kill(victim, signal.SIGKILL)
-            until(
-                lambda v=victim: v not in hub.worker_pids() and len(hub.worker_pids()) == 3,
-                20,
-                "the successor",
-            )
+            replaced(hub, victim)
         hub.run(burst_after_start(hub))
 
 

@@ -219,7 +219,12 @@ def upgrade_request(path: str = "/ws", *headers: str) -> bytes:
 
 
 def frame(
-    opcode: int, payload: bytes = b"", *, fin: bool = True, mask: bytes | None = b"\x11\x22\x33\x44", rsv: int = 0
+    opcode: int,
+    payload: bytes = b"",
+    *,
+    fin: bool = True,
+    mask: bytes | None = b"\x11\x22\x33\x44",
+    rsv: int = 0,
 ) -> bytes:
     """One frame of a client (RFC 6455 section 5.2); ``mask=None`` leaves it unmasked."""
     first = (0x80 if fin else 0) | rsv << 4 | opcode
@@ -283,7 +288,9 @@ async def serving(
             finally:
                 try:
                     if leaves and not failed:
-                        await until_async(lambda: not server.server_state.connections, 5.0, "the end of all sockets")
+                        await until_async(
+                            lambda: not server.server_state.connections, 5.0, "the end of all sockets"
+                        )
                         await nothing_left(manager, strangers)
                 finally:
                     await server.drain(1001, 1.0)

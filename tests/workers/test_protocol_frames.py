@@ -11,21 +11,19 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
-from tests.support import until_async
 from tests.workers.server_fixture import (
     BINARY,
     CONT,
     PING,
     PONG,
     TEXT,
-    close_frame,
     frame,
     settings,
     upgrade_request,
 )
-from workers.protocol import HOLD_BUS, HOLD_INBOX, MAX_PARTIAL, WebSocketProtocol
+from workers.protocol import WebSocketProtocol
 from workers.server import DrainState
 from workers.worker import server_config
 
