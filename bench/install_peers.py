@@ -105,6 +105,7 @@ def main(names: Sequence[str]) -> int:
         print(name, flush=True)
         try:
             PEERS.mkdir(parents=True, exist_ok=True)
+            (PEERS / ".gitignore").write_text("*\n")
             PEERS_BY_NAME[name]()
         except (RuntimeError, OSError) as error:
             failed.append(name)

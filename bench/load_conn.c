@@ -64,8 +64,7 @@ static void conn_open(struct thread *t, struct conn *c) {
     t->in_flight++;
     if (connect(c->fd, (struct sockaddr *)&to, sizeof to) != 0 && errno != EINPROGRESS) {
         complain("connect", strerror(errno), 99);
-        conn_close(t, c);
-        return;
+        return conn_close(t, c);
     }
     watch(t, c, true, EPOLL_CTL_ADD);
 }
@@ -74,10 +73,7 @@ static void conn_write(struct thread *t, struct conn *c, const uint8_t *data, si
     if (c->state == CLOSED) return;
     if (c->out_len == 0) {
         ssize_t sent = send(c->fd, data, n, MSG_NOSIGNAL);
-        if (sent < 0 && errno != EAGAIN) {
-            conn_close(t, c);
-            return;
-        }
+        if (sent < 0 && errno != EAGAIN) return conn_close(t, c);
         if (sent > 0) data += sent, n -= (size_t)sent;
         if (n == 0) return;
     }
@@ -104,11 +100,8 @@ static void conn_flush(struct thread *t, struct conn *c) {
     size_t gone = 0;
     while (gone < c->out_len) {
         ssize_t sent = send(c->fd, c->out + gone, c->out_len - gone, MSG_NOSIGNAL);
-        if (sent < 0) {
-            if (errno == EAGAIN) break;
-            conn_close(t, c);
-            return;
-        }
+        if (sent < 0 && errno == EAGAIN) break;
+        if (sent < 0) return conn_close(t, c);
         gone += (size_t)sent;
     }
     memmove(c->out, c->out + gone, c->out_len - gone);
@@ -368,8 +361,7 @@ static void handshake_read(struct thread *t, struct conn *c, uint64_t now) {
     if (n <= 0) {
         if (n < 0 && errno == EAGAIN) return;
         complain("handshake", n ? strerror(errno) : "closed", 99);
-        conn_close(t, c);
-        return;
+        return conn_close(t, c);
     }
     c->part_len += (size_t)n;
     uint8_t *end = memmem(c->part, c->part_len, "\r\n\r\n", 4);
@@ -379,8 +371,7 @@ static void handshake_read(struct thread *t, struct conn *c, uint64_t now) {
     }
     if (memcmp(c->part + 8, " 101", 4) != 0 || !memmem(c->part, c->part_len, WS_ACCEPT, sizeof WS_ACCEPT - 1)) {
         complain("refused", (char *)c->part, c->part_len);
-        conn_close(t, c);
-        return;
+        return conn_close(t, c);
     }
     uint8_t rest[PART_SIZE];
     size_t left = c->part_len - (size_t)(end + 4 - c->part);
@@ -424,10 +415,7 @@ static void conn_event(struct thread *t, struct conn *c, uint32_t events) {
         return;
     }
     if (events & EPOLLOUT) conn_flush(t, c);
-    if (c->state == HANDSHAKE) {
-        handshake_read(t, c, now_ns());
-        return;
-    }
+    if (c->state == HANDSHAKE) return handshake_read(t, c, now_ns());
     if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || c->state == CLOSED) return;
     ssize_t n = recv(c->fd, t->buffer, RECEIVE, 0);
     if (n > 0) {

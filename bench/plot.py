@@ -91,6 +91,11 @@ def plot_peers(results: Results, path: Path) -> None:
     plt.close(drawing)
 
 
+def short(value: float) -> str:
+    """``1.52 M``, ``84.1 k``."""
+    return f"{figure(value / 1e6)} M" if value >= 1e6 else f"{figure(value / 1e3)} k"
+
+
 def plot_growth(results: Results, path: Path) -> None:
     """Deliveries per CPU-second with one, two and four workers."""
     plt = pyplot()

@@ -76,6 +76,7 @@ TARGETS: tuple[Target, ...] = (
     Target("B100", "p99_ms", "flockwire", "nchan", 1.0),
     Target("B100", "p99_ms", "flockwire", "bun", 1.0),
     Target("B100", "cpu_us", "flockwire", None, 3.0),
+    Target("B100", "cpu_us", "flockwire", "c-joined", 1.67),
     Target("C", "cpu_us", "flockwire", "picows", 1.0),
     Target("C", "cpu_us", "flockwire-2", "flockwire", 1.15),
     Target("E", "cpu_us", "flockwire", None, 6.0),
@@ -85,7 +86,8 @@ TARGETS: tuple[Target, ...] = (
     Target("D", "bytes_per_connection", "flockwire", None, 10240),
     Target("D", "connects_per_s", "flockwire", "uvicorn", 2.5, least=True),
 )
-"""Issue B's figures. E in microseconds holds where C needs 3.0; beside it stands the same as a multiple of C."""
+"""What is to be reached. Microseconds hold on a machine where C needs 1.8 for B100 and 3.0 for E; so the same stands
+there as a multiple of C's, too."""
 
 
 def peers_table(results: Results) -> str:

@@ -13,7 +13,7 @@ from bench.servers import SERVERS, Fleet, Running
 
 SLOW = frozenset({"socketio", "uvicorn", "redis", "original"})
 """Peers so far from the targets that one round tells enough, unless all rounds are asked for."""
-ECHO_ONLY = frozenset({"connection", "starlette"})
+ECHO_ONLY = frozenset({"connection", "connection-receive", "starlette"})
 NOT_IN = {
     "A": frozenset({"c-each"}),
     "A1": frozenset({"c-joined"}),

@@ -339,6 +339,14 @@ SERVERS: dict[str, Spec] = {
             2,
         ),
         Spec(
+            "connection-receive",
+            "the same, receive_json in a loop (1)",
+            flockwire(1, "--app", "bench.apps.echo_connection:app"),
+            Dialect(hub=(), rooms=(), echo=("--path", "/receive", "--dialect", "raw")),
+            "/readyz",
+            2,
+        ),
+        Spec(
             "starlette",
             "Starlette WebSocket under us (1)",
             flockwire(1, "--app", "bench.apps.echo_starlette:app"),
@@ -364,7 +372,7 @@ SERVERS: dict[str, Spec] = {
         ),
     )
 }
-OURS = ("flockwire", "flockwire-2", "flockwire-4", "connection", "starlette")
+OURS = ("flockwire", "flockwire-2", "flockwire-4", "connection", "connection-receive", "starlette")
 
 
 class Fleet:

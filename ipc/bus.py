@@ -41,6 +41,10 @@ FLUSH_BYTES = 1024 * 1024
 """A turn that publishes more than this is sent in parts, so that the bound of the outboxes is seen in time."""
 
 
+_ENVELOPE_COST = 128
+"""Bytes that an envelope without data counts for."""
+
+
 class BusFull(Exception):
     """More was published without awaiting than twice ``--bus-backlog``; this message was not taken."""
 
@@ -59,8 +63,13 @@ class Bus:
         self.backlog = backlog
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.inbound = Inbound(runtime, slot, self._context)
-        self.outbound = Outbound(runtime, slot, self._context, backlog)
+        try:
+            self.inbound = Inbound(runtime, slot, self._context)
+            self.outbound = Outbound(runtime, slot, self._context, backlog)
+        except BaseException:
+            # No more descriptors, say: what was opened by then must not stay.
+            self._context.destroy(0)
+            raise
         self.outbound.on_ready = self._on_ready
         self.outbound.on_gone = self._on_change
         self.inbound.on_control = self._on_control
@@ -181,7 +190,7 @@ class Bus:
             self._turn.append((envelope, wire.encode(envelope)))
         else:
             self._turn.append((envelope, None))
-        self._turn_bytes += len(envelope.data)
+        self._turn_bytes += len(envelope.data) + _ENVELOPE_COST
         if self._turn_bytes > FLUSH_BYTES:
             self._flush()
         elif not self._flush_scheduled:

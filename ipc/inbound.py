@@ -125,8 +125,10 @@ class Inbound:
         elif header.kind == FrameKind.TAIL:
             self._note_gap(header, sender, sender.flow.accept(header.number, 0))
             self._give_credit(header, sender)
-        else:
+        elif header.kind <= FrameKind.BYE_ACK:
             self.on_control(header)
+        else:
+            self._invalid((header.slot, header.epoch), 1, f"a frame of unknown kind {header.kind}")
 
     def _take_batch(self, message: bytes, header: Header, sender: _Sender) -> None:
         gap = sender.flow.accept(header.number, header.envelopes)

@@ -7,7 +7,7 @@ lost one. Pure arithmetic: the map is any object whose bytes can be indexed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import IntEnum
 from hashlib import blake2b
 from typing import Protocol
@@ -92,11 +92,6 @@ class PlaceCache:
                 self._others.clear()
             found = self._others[key] = place(kind, channel, text)
         return found
-
-
-def wanted(bits: Bits, offset: int, places: Iterable[Place]) -> bool:
-    """True when any of ``places`` is set in the map that begins at ``offset``."""
-    return any(bits[offset + byte] & mask for byte, mask in places)
 
 
 class OwnInterest:

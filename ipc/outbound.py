@@ -22,7 +22,7 @@ from ipc import envelope as wire
 from ipc.board import Counter, fence
 from ipc.envelope import Envelope, FrameKind
 from ipc.flow import SendFlow, unpack_credit
-from ipc.interest import InterestKind, Place, PlaceCache, wanted
+from ipc.interest import InterestKind, Place, PlaceCache
 from ipc.runtime import RuntimeDir, inbox_name
 
 logger = logging.getLogger("ipc")
@@ -137,8 +137,10 @@ class Outbound:
         if words == self._seen:
             return
         fence()
-        self._seen = words
         self._routes.clear()
+        seen, self._seen = self._seen, words
+        if _without_versions(words) == _without_versions(seen):
+            return
         members = {key for key in self._board.live_full_slots() if key[0] != self._slot}
         if members == self._members:
             return
@@ -227,8 +229,16 @@ class Outbound:
         return links
 
     def _wanting(self, places: Iterable[Place]) -> tuple[Link, ...]:
+        # Written out: after each change of anybody's interest this runs for every topic anew.
         memory = self._board.memory
-        return tuple(link for link in self.links.values() if wanted(memory, link.map_offset, places))
+        found = []
+        for link in self.links.values():
+            offset = link.map_offset
+            for byte, mask in places:
+                if memory[offset + byte] & mask:
+                    found.append(link)
+                    break
+        return tuple(found)
 
     # -- on the way ------------------------------------------------------------------------------------------------
 
@@ -337,13 +347,15 @@ class Outbound:
             default=0,
         )
 
-    def poll(self, now: float) -> None:
-        """Look at the credits of the peers with something in their outbox, and send on."""
+    def poll(self, now: float) -> bool:
+        """Look at the credits of the peers with something in their outbox, and send on; True when any has moved."""
+        moved = False
         for link in tuple(self._queued.values()):
-            self.read_credit(link)
+            moved |= self.read_credit(link)
             self._observe(link, now)
             self._advance(link)
         self.after_sending()
+        return moved
 
     def tick(self, now: float) -> None:
         """A few times a second: look at everybody, judge who stands still, repeat last numbers."""
@@ -397,6 +409,12 @@ def _split(turn: list[bytes]) -> Iterator[list[bytes]]:
         part.append(encoded)
         size += len(encoded)
     yield part
+
+
+def _without_versions(words: bytes) -> bytes:
+    """Of what :meth:`Board.full_words` answers, what tells who is there."""
+    third = len(words) // 3
+    return words[:third] + words[2 * third :]
 
 
 def _ignore(link: Link) -> None:

@@ -11,39 +11,27 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
 
 import msgspec
-import zmq
 
 from ipc import envelope as wire
-from ipc.board import FULL_SLOTS, PeerKind, SlotState
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope
-from ipc.flow import BACKLOG
-from ipc.outbound import Link, Outbound
-from ipc.runtime import RuntimeDir, default_runtime_dir
+from ipc.runtime import default_runtime_dir
+from ipc.sender import Delivery, HubNotFound, Sender, drive, drive_async, opening
 from ipc.topics import InvalidTopic, check_topic
 
 __all__ = ["AsyncPublisher", "BusTimeout", "HubNotFound", "InvalidTopic", "Publisher"]
 
-T = TypeVar("T")
-
 _SHORTEST_PAUSE = 20e-6
 _LONGEST_PAUSE = 1e-3
-_OPEN_PAUSE = 5e-3
 _TICK = 0.25
 _ASYNC_POLL = 1e-3
-_TRUST = 0.05
-"""Seconds for which the directory is taken for the same without looking."""
+_LONGEST_ASYNC_POLL = 20e-3
 
 
 class BusTimeout(TimeoutError):
     """Not every interested process has processed the message in time; it may still do so."""
-
-
-class HubNotFound(ConnectionError):
-    """No hub runs in the runtime directory. The text says where it was looked for."""
 
 
 class Publisher:
@@ -72,7 +60,7 @@ class Publisher:
         self.runtime_dir = os.fspath(runtime_dir)
         self.channel = channel
         self.timeout = timeout
-        self._sender: _Sender | None = None
+        self._sender: Sender | None = None
         self._mutex = threading.Lock()
         self._async: AsyncPublisher | None = None
 
@@ -117,13 +105,13 @@ class Publisher:
             self._wait_a_moment(sender, deadline, pause, timeout)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 
-    def _wait_a_moment(self, sender: _Sender, deadline: float, pause: float, timeout: float) -> None:
+    def _wait_a_moment(self, sender: Sender, deadline: float, pause: float, timeout: float) -> None:
         if time.monotonic() > deadline:
             raise BusTimeout(_late(timeout, sender) + _loop_hint())
         time.sleep(pause)
         sender.poll(time.monotonic())
 
-    def _opened(self, deadline: float) -> _Sender:
+    def _opened(self, deadline: float) -> Sender:
         sender = self._sender
         if sender is not None and sender.pid != os.getpid():
             # Sockets of the parent: not ours to use, nor to close.
@@ -133,7 +121,7 @@ class Publisher:
             sender.close()
             sender = None
         if sender is None:
-            sender = self._sender = _drive(_opening(self.runtime_dir, deadline))
+            sender = self._sender = drive(opening(self.runtime_dir, deadline))
         return sender
 
     def open(self) -> None:
@@ -183,11 +171,11 @@ class AsyncPublisher:
         self.runtime_dir = runtime_dir
         self.channel = channel
         self.timeout = timeout
-        self._sender: _Sender | None = None
+        self._sender: Sender | None = None
         self._opening = asyncio.Lock()
         self._turn: list[tuple[Envelope, bytes, Delivery]] = []
         self._poller: asyncio.TimerHandle | None = None
-        self._due = 0
+        self._pause = _ASYNC_POLL
         self._closed = False
 
     async def publish(self, topic: str, data: object, *, timeout: float | None = None) -> None:
@@ -228,6 +216,7 @@ class AsyncPublisher:
         if sender is None:
             return
         sender.submit(turn)
+        self._pause = _ASYNC_POLL
         self._poll_soon(_ASYNC_POLL)
 
     def _poll_soon(self, pause: float) -> None:
@@ -237,11 +226,17 @@ class AsyncPublisher:
 
     def _poll(self) -> None:
         self._poller = None
-        if self._sender is not None:
-            self._sender.poll(time.monotonic())
-            self._poll_soon(_ASYNC_POLL if self._sender.waiting else _TICK)
+        sender = self._sender
+        if sender is None:
+            return
+        # More and more rarely while nothing moves: somebody may stand still for long.
+        self._pause = min(self._pause * 1.25, _LONGEST_ASYNC_POLL)
+        self._poll_soon(self._pause if sender.waiting else _TICK)
+        if sender.poll(time.monotonic()):
+            self._pause = _ASYNC_POLL
+            self._poll_soon(_ASYNC_POLL)
 
-    async def _opened(self, timeout: float) -> _Sender:
+    async def _opened(self, timeout: float) -> Sender:
         if self._closed:
             raise RuntimeError("this publisher is closed")
         sender = self._sender
@@ -251,8 +246,8 @@ class AsyncPublisher:
             if self._sender is not None and self._sender is not sender:
                 return self._sender
             self._drop_sender()
-            steps = _opening(self.runtime_dir, time.monotonic() + timeout)
-            sender = self._sender = await _drive_async(steps)
+            steps = opening(self.runtime_dir, time.monotonic() + timeout)
+            sender = self._sender = await drive_async(steps)
             self._poll_soon(_TICK)
             return sender
 
@@ -274,102 +269,6 @@ class AsyncPublisher:
         self._drop_sender()
 
 
-class Delivery:
-    """Counts down the processes that have yet to process one message."""
-
-    __slots__ = ("_done", "remaining")
-
-    def __init__(self, done: object = None) -> None:
-        self.remaining = 0
-        self._done = done
-
-    def one_done(self) -> None:
-        """One of them has, or is gone."""
-        self.remaining -= 1
-        if self.remaining == 0 and callable(self._done):
-            self._done()
-
-
-class _Sender:
-    """An open publisher: slot, socket, board. No loop and no thread: its owner calls :meth:`poll`."""
-
-    def __init__(self, runtime: RuntimeDir, slot: int) -> None:
-        self.pid = os.getpid()
-        self._runtime = runtime
-        self._record = runtime.board.record(slot)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._outbound = Outbound(runtime, slot, self._context, BACKLOG, lossless=True)
-        self._outbound.refresh()
-        self._next_tick = 0.0
-        self._looked = time.monotonic()
-        self._record.state = SlotState.READY
-
-    def hub_is_there(self) -> bool:
-        """False when the directory was given to another hub, or everybody in it is gone."""
-        now = time.monotonic()
-        if now - self._looked < _TRUST and self._outbound.links:
-            return True
-        self._looked = now
-        if not self._runtime.is_current():
-            return False
-        self._outbound.refresh()
-        return bool(self._outbound.links)
-
-    def is_full(self) -> bool:
-        """Too much waits for somebody to take more."""
-        return self._outbound.fullest > BACKLOG
-
-    @property
-    def waiting(self) -> bool:
-        """Somebody has yet to process something."""
-        return any(link.waiters for link in self._outbound.links.values())
-
-    @property
-    def late(self) -> list[int]:
-        """The slots of those who have yet to process something."""
-        return [link.slot for link in self._outbound.links.values() if link.waiters]
-
-    def submit(self, entries: Iterable[tuple[Envelope, bytes, Delivery]]) -> None:
-        """Send messages; the delivery of each that concerns nobody is done at once."""
-        outbound = self._outbound
-        outbound.refresh()
-        touched: dict[tuple[int, int], Link] = {}
-        for envelope, encoded, delivery in entries:
-            # Held back by one until all have it, or the first to be gone could end it.
-            delivery.remaining = 1
-            for link in outbound.route(envelope):
-                delivery.remaining += 1
-                link.turn.append(encoded)
-                link.waiters.append((link.number + len(link.turn), delivery))
-                touched[link.key] = link
-            delivery.one_done()
-        for link in touched.values():
-            outbound.give_turn(link)
-        outbound.after_sending()
-
-    def poll(self, now: float) -> None:
-        """Look at the credits, send what waits; now and then see who has died."""
-        outbound = self._outbound
-        outbound.poll(now)
-        for link in outbound.links.values():
-            if link.waiters:
-                outbound.read_credit(link)
-        if now >= self._next_tick:
-            self._next_tick = now + _TICK
-            self._record.beat()
-            if self._runtime.is_current():
-                self._runtime.reap_dead()
-                outbound.tick(now)
-            else:
-                outbound.forget_all()
-
-    def close(self) -> None:
-        """Give everything back."""
-        self._outbound.close()
-        self._context.term()
-        self._runtime.close()
-
-
 def _to_topic(channel: str, topic: str, data: object) -> Envelope:
     check_topic(topic)
     return Envelope(TOPIC, channel, topic, msgspec.json.encode(data))
@@ -384,69 +283,7 @@ def _to_connections(channel: str, conn_id: str | Iterable[str], data: object) ->
     return Envelope(DIRECT, channel, "", msgspec.json.encode(data), conn_ids)
 
 
-def _opening(path: str, deadline: float) -> Generator[float, None, _Sender]:
-    """Open a publisher; yields the seconds to pause while the directory is locked or the hub about to start.
-
-    Raises:
-        HubNotFound: there is no hub, or it did not start in time.
-        RuntimeDirError: the directory cannot be used.
-    """
-    while True:
-        try:
-            sender = _try_open(path)
-        except FileNotFoundError:
-            raise HubNotFound(f"no hub runs in {path}: there is no such runtime directory") from None
-        if sender is not None:
-            return sender
-        if time.monotonic() > deadline:
-            raise HubNotFound(f"no worker is ready in {path}, though its supervisor runs")
-        yield _OPEN_PAUSE
-
-
-def _try_open(path: str) -> _Sender | None:
-    """One attempt; None when it is worth another."""
-    runtime = RuntimeDir.enter(path, create=False)
-    if runtime is None:
-        return None
-    try:
-        runtime.open_board()
-        runtime.reap_dead()
-        if not any(slot < FULL_SLOTS for slot in runtime.living()):
-            if not runtime.supervisor_lives():
-                raise HubNotFound(f"no hub runs in {path}: nobody in it is alive")
-            runtime.unlock_directory()
-            runtime.close()
-            return None
-        slot = runtime.claim(PeerKind.PUBLISHER)
-        sender = _Sender(runtime, slot)
-    except BaseException:
-        runtime.unlock_directory()
-        runtime.close()
-        raise
-    runtime.unlock_directory()
-    return sender
-
-
-def _drive(steps: Generator[float, None, T]) -> T:
-    while True:
-        try:
-            time.sleep(next(steps))
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-
-
-async def _drive_async(steps: Generator[float, None, T]) -> T:
-    while True:
-        try:
-            pause = next(steps)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        await asyncio.sleep(pause)
-
-
-def _late(timeout: float, sender: _Sender | None) -> str:
+def _late(timeout: float, sender: Sender | None) -> str:
     late = sender.late if sender is not None else []
     who = f" (slots {', '.join(map(str, late))})" if late else ""
     return f"not processed by every interested process{who} within {timeout:g} s; it may still arrive"

@@ -19,21 +19,26 @@ import contextlib
 import logging
 import os
 import re
-import stat
-import tempfile
 import time
 from typing import TYPE_CHECKING
 
+from ipc.agreement import RULES_NAME, RulesMismatch, agree
 from ipc.board import BOARD_NAME, FULL_SLOTS, SLOTS, Board, BoardError, PeerKind, SlotState
+from ipc.directory import RuntimeDirError, default_runtime_dir, open_directory, user_directory
 from ipc.locks import LockFile, open_lock_file
 
 if TYPE_CHECKING:
     from ipc.rules import Rules
 
+__all__ = [
+    "CONTROL_NAME", "LOCK_NAME", "PID_NAME", "RULES_NAME",
+    "DirectoryInUse", "NoFreeSlot", "RulesMismatch", "RuntimeDir", "RuntimeDirError",
+    "default_runtime_dir", "inbox_name", "locked_too_long",
+]  # fmt: skip
+
 logger = logging.getLogger("ipc")
 
 LOCK_NAME = "lock"
-RULES_NAME = "rules.json"
 CONTROL_NAME = "control.sock"
 PID_NAME = "supervisor.pid"
 _OUR_FILES = (
@@ -55,35 +60,12 @@ _RETRY = 0.005
 """Seconds between two looks at a directory lock that somebody holds; it is held for milliseconds."""
 
 
-class RuntimeDirError(Exception):
-    """The runtime directory cannot be used. The text says which, why and what to do."""
-
-
 class DirectoryInUse(RuntimeDirError):
     """Living processes use the directory already."""
 
 
 class NoFreeSlot(RuntimeDirError):
     """As many processes as the board has room for are there."""
-
-
-class RulesMismatch(RuntimeDirError):
-    """This process was given other topic rules than the hub that is running."""
-
-
-def default_runtime_dir(port: int | None = None) -> str:
-    """Where the hub of a port meets by default; without a port, where a bare ``ipc://`` does.
-
-    ``/dev/shm`` where it can be used, else ``XDG_RUNTIME_DIR``, else the directory for temporary files.
-    """
-    name = f"flockwire-{os.geteuid()}"
-    leaf = "default" if port is None else str(port)
-    # A directory in memory, private (0700) and checked to be ours before it is used.
-    candidates = ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir())  # noqa: S108
-    for base in candidates:
-        if base and os.path.isdir(base) and os.access(base, os.W_OK | os.X_OK):
-            return os.path.join(base, name, leaf)
-    return os.path.join(candidates[-1], name, leaf)
 
 
 class RuntimeDir:
@@ -113,7 +95,7 @@ class RuntimeDir:
             RuntimeDirError: it is not ours alone, or cannot be opened or made.
         """
         path = os.path.abspath(path)
-        fd = _open_directory(path, create)
+        fd = open_directory(path, create)
         try:
             return cls(path, fd, open_lock_file(LOCK_NAME, fd, create=create))
         except FileNotFoundError:
@@ -374,41 +356,8 @@ class RuntimeDir:
     # -- rules -----------------------------------------------------------------------------------------------------
 
     def agree(self, rules: Rules | None) -> Rules:
-        """The topic rules of the hub: the first process writes its own, a later one must bring the same or None.
-
-        The directory lock is held.
-
-        Raises:
-            RulesMismatch: this process was given others; names both values.
-            RuntimeDirError: the file cannot be read.
-        """
-        from ipc.rules import Rules
-
-        try:
-            fd = os.open(RULES_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-        except FileNotFoundError:
-            return Rules() if rules is None else self._write_rules(rules)
-        with open(fd, "rb") as file:
-            text = file.read()
-        try:
-            there = Rules.decode(text)
-        except ValueError as error:
-            raise RuntimeDirError(f"{self.path}/{RULES_NAME} cannot be read: {error}") from error
-        if rules is None:
-            return there
-        difference = rules.difference(there)
-        if difference is not None:
-            raise RulesMismatch(f"{self.path}: {difference}; give all processes of a hub the same rules")
-        return there
-
-    def _write_rules(self, rules: Rules) -> Rules:
-        temporary = f"{RULES_NAME}.new"
-        self._unlink(temporary)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(temporary, flags, 0o600, dir_fd=self.fd), "wb") as file:
-            file.write(rules.encode())
-        os.rename(temporary, RULES_NAME, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        return rules
+        """The topic rules of the hub, see :func:`ipc.agreement.agree`; the directory lock is held."""
+        return agree(self.fd, self.path, rules)
 
     # -- leaving ---------------------------------------------------------------------------------------------------
 
@@ -450,7 +399,7 @@ class RuntimeDir:
             return False
         # The directory of this user in /dev/shm goes with its last hub.
         parent = os.path.dirname(self.path)
-        if os.path.basename(parent) == _user_directory():
+        if os.path.basename(parent) == user_directory():
             with contextlib.suppress(OSError):
                 os.rmdir(parent)
         return True
@@ -504,59 +453,3 @@ def locked_too_long(path: str, timeout: float) -> str:
 
 def _by(pid: int) -> str:
     return f" (pid {pid})" if pid > 0 else ""
-
-
-def _user_directory() -> str:
-    return f"flockwire-{os.geteuid()}"
-
-
-def _open_directory(path: str, create: bool) -> int:
-    """A descriptor of the checked directory."""
-    try:
-        if create:
-            _make_directories(path)
-        parent = os.path.dirname(path)
-        if os.path.basename(parent) == _user_directory():
-            # Its name can be guessed and /dev/shm is everybody's: another user may have been there first.
-            os.close(_open_checked(parent))
-        return _open_checked(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise RuntimeDirError(f"{error.filename or path}: {error.strerror}") from error
-
-
-def _make_directories(path: str) -> None:
-    if os.path.lexists(path):
-        return
-    parent = os.path.dirname(path)
-    if parent != path:
-        _make_directories(parent)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
-    # A umask may have taken bits away from the mode.
-    os.chmod(path, 0o700)
-
-
-def _open_checked(path: str) -> int:
-    if os.path.islink(path):
-        raise RuntimeDirError(f"{path} is a symbolic link; name the directory itself")
-    if not os.path.isdir(path) and os.path.lexists(path):
-        raise RuntimeDirError(f"{path} is not a directory")
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    status = os.fstat(fd)
-    problem = None
-    if status.st_uid != os.geteuid():
-        problem = f"belongs to user {status.st_uid}, not to this one ({os.geteuid()}); name another directory"
-    elif stat.S_IMODE(status.st_mode) & 0o077:
-        problem = (
-            f"has mode {stat.S_IMODE(status.st_mode):04o}, open to other users; chmod 700 it or name another"
-        )
-    elif stat.S_IMODE(status.st_mode) & 0o700 != 0o700:
-        problem = f"has mode {stat.S_IMODE(status.st_mode):04o}; chmod 700 it"
-    if problem is None:
-        return fd
-    os.close(fd)
-    raise RuntimeDirError(f"{path} {problem}")

@@ -300,7 +300,7 @@ class Writer:
 
     def _first(self, prefix: bytes) -> tuple[bytes, bytes] | None:
         cursor = self.txn.cursor()
-        if cursor.set_range(prefix) and cursor.key()[:1] == prefix[:1]:
+        if cursor.set_range(prefix) and cursor.key().startswith(prefix):
             return cursor.item()
         return None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,14 +36,15 @@ MAX_WAITING: Final = 1000
 class _Member:
     """One manager (or broker used by itself) on a channel of this process, with the loop it lives on."""
 
-    __slots__ = ("deliver", "loop")
+    __slots__ = ("anywhere", "deliver", "loop")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Deliver) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Deliver, anywhere: bool) -> None:
         self.loop = loop
         self.deliver = deliver
+        self.anywhere = anywhere
 
     def hand(self, envelopes: Sequence[Envelope], here: asyncio.AbstractEventLoop | None) -> None:
-        if self.loop is here:
+        if self.anywhere or self.loop is here:
             self.deliver(envelopes)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.deliver, envelopes)
@@ -86,13 +88,15 @@ class DirectBroker(BrokerInterface):
 
     # What managers use.
 
-    def join(self, channel: str, deliver: Deliver) -> Sequence[object]:
+    def join(self, channel: str, deliver: Deliver, *, anywhere: bool = False) -> Sequence[object]:
         """Hand envelopes of ``channel``, from this process and others, to ``deliver`` in order.
 
+        On this loop; ``anywhere`` means on the loop, or the thread, of whoever publishes.
         Returns all that are on the channel in this process, now and later.
         """
         members = self.channels().setdefault(channel, [])
-        members.append(_Member(asyncio.get_running_loop(), deliver))
+        members[:] = [member for member in members if not member.loop.is_closed()]
+        members.append(_Member(asyncio.get_running_loop(), deliver, anywhere))
         return members
 
     def leave(self, channel: str, deliver: Deliver) -> None:
@@ -172,12 +176,17 @@ class DirectBroker(BrokerInterface):
 def _hand(channels: dict[str, list[_Member]], channel: str, envelopes: Sequence[Envelope]) -> None:
     members = channels.get(channel)
     if members:
-        try:
-            here: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            here = None
+        here = running_loop()
         for member in tuple(members):
             member.hand(envelopes, here)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs in this thread, if any."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 _memory: dict[str, list[_Member]] = {}
@@ -212,6 +221,8 @@ class IpcBroker(DirectBroker):
         self.path = path or default_runtime_dir(None)
         self.peer: Peer | None = None
         self._gauges: Gauges | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
 
     def channels(self) -> dict[str, list[_Member]]:
         if self.peer is None:
@@ -230,6 +241,8 @@ class IpcBroker(DirectBroker):
                 self.path, kind=PeerKind.APPLICATION, rules=settings.rules, bus_backlog=settings.bus_backlog
             )
             self._gauges = Gauges(self.peer)
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.get_ident()
 
     async def disconnect(self) -> None:
         for channel in list(self._subscribed):
@@ -240,9 +253,9 @@ class IpcBroker(DirectBroker):
         if peer is not None:
             await peer.close()
 
-    def join(self, channel: str, deliver: Deliver) -> Sequence[object]:
+    def join(self, channel: str, deliver: Deliver, *, anywhere: bool = False) -> Sequence[object]:
         first = channel not in self.channels()
-        members = super().join(channel, deliver)
+        members = super().join(channel, deliver, anywhere=anywhere)
         if first and self.peer is not None:
             # Not bound to this broker: others of the process may stay on the channel when it has gone.
             self.peer.attach(channel, functools.partial(_hand, self.channels(), channel))
@@ -255,11 +268,16 @@ class IpcBroker(DirectBroker):
 
     def to_others(self, envelope: Envelope) -> bool:
         peer = self.peer
-        if peer is None:
+        if peer is None or self._loop is None:
             self.channels()  # says that this broker is not connected
             return False
-        peer.publish(envelope)
-        return peer.congested
+        bus = peer.bus
+        if threading.get_ident() != self._thread:
+            # A thread of the application's, in which an endpoint without "async" runs.
+            self._loop.call_soon_threadsafe(bus.publish, envelope)
+            return False
+        bus.publish(envelope)
+        return bus.congested
 
     @property
     def congested(self) -> bool:

@@ -15,7 +15,6 @@ from typing import Any, Final, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from ipc.topics import check_pattern
 from workers import codes, jsontext
 from workers.errors import WebSocketException
 from workers.fanout import binary_frame, current_fanout
@@ -23,6 +22,7 @@ from workers.limited_protocol import HOLD_INBOX
 from workers.message import Message, validate_client_message
 from workers.protocol import WebSocketProtocol
 from workers.sinks import AnySink, AsgiSink, SocketSink
+from workers.topic_set import TopicSet
 
 logger = logging.getLogger("workers")
 
@@ -50,85 +50,6 @@ class Owner(Protocol):
         """The client is gone."""
 
 
-class TopicSet(set[str]):
-    """The patterns of one connection. Adding one subscribes, removing one unsubscribes."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def add(self, pattern: str) -> None:
-        """Subscribe.
-
-        Raises:
-            InvalidTopic: not a pattern (MQTT 5 section 4.7); nothing changed.
-        """
-        if pattern not in self:
-            check_pattern(pattern)
-            owner = self._connection.owner
-            if owner is not None:
-                owner.connection_subscribed(self._connection, pattern)
-            super().add(pattern)
-
-    def discard(self, pattern: object) -> None:
-        if isinstance(pattern, str) and pattern in self:
-            super().discard(pattern)
-            owner = self._connection.owner
-            if owner is not None:
-                owner.connection_unsubscribed(self._connection, pattern)
-
-    def remove(self, pattern: str) -> None:
-        if pattern not in self:
-            raise KeyError(pattern)
-        self.discard(pattern)
-
-    def pop(self) -> str:
-        for pattern in self:
-            self.discard(pattern)
-            return pattern
-        raise KeyError("pop from an empty set")
-
-    def clear(self) -> None:
-        for pattern in list(self):
-            self.discard(pattern)
-
-    def update(self, *others: Iterable[str]) -> None:
-        for other in others:
-            for pattern in list(other):
-                self.add(pattern)
-
-    def difference_update(self, *others: Iterable[Any]) -> None:
-        for other in others:
-            for pattern in list(other):
-                self.discard(pattern)
-
-    def intersection_update(self, *others: Iterable[Any]) -> None:
-        self.difference_update(set(self) - set(self).intersection(*others))
-
-    def symmetric_difference_update(self, other: Iterable[str]) -> None:
-        wanted = set(self) ^ set(other)
-        self.difference_update(set(self) - wanted)
-        self.update(wanted)
-
-    def __ior__(self, other: Any) -> TopicSet:  # type: ignore[override, misc]
-        self.update(other)
-        return self
-
-    def __isub__(self, other: Any) -> TopicSet:  # type: ignore[misc]
-        self.difference_update(other)
-        return self
-
-    def __iand__(self, other: Any) -> TopicSet:  # type: ignore[misc]
-        self.intersection_update(other)
-        return self
-
-    def __ixor__(self, other: Any) -> TopicSet:  # type: ignore[override, misc]
-        self.symmetric_difference_update(other)
-        return self
-
-    __hash__ = None
-
-
 def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
     """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
     protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
@@ -150,6 +71,16 @@ def _innermost(send: Any) -> Any:
     return send
 
 
+def check_conn_id(conn_id: object) -> None:
+    """Say so now if an id could not travel over the bus.
+
+    Raises:
+        TypeError: it is not a string.
+    """
+    if not isinstance(conn_id, str):
+        raise TypeError(f"a conn_id is a string, not {type(conn_id).__name__}: write str({conn_id!r})")
+
+
 class Connection:
     """A client's connection.
 
@@ -165,10 +96,12 @@ class Connection:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_close_at_accept",
         "_errors",
         "_gone",
         "_id",
         "_inbox",
+        "_patience",
         "_protocol",
         "_reading",
         "_sink",
@@ -192,6 +125,8 @@ class Connection:
         self._waiter: asyncio.Future[None] | None = None
         self._gone: tuple[int, str] | None = None
         self._errors = 0
+        self._close_at_accept: tuple[int, str] | None = None
+        self._patience: asyncio.Timeout | None = None
         if topic:
             self.topics.add(topic)
 
@@ -207,6 +142,7 @@ class Connection:
 
     @id.setter
     def id(self, conn_id: str) -> None:
+        check_conn_id(conn_id)
         old, self._id = self._id, conn_id
         if self.owner is not None and old != conn_id:
             self.owner.connection_renamed(self, old, conn_id)
@@ -217,6 +153,13 @@ class Connection:
         if self._topics is None:
             self._topics = TopicSet(self)
         return self._topics
+
+    @topics.setter
+    def topics(self, patterns: Iterable[str]) -> None:
+        if patterns is not self._topics:  # as it is after "connection.topics |= …"
+            wanted = set(patterns)
+            self.topics.intersection_update(wanted)
+            self.topics.update(wanted)
 
     @property
     def subscription_count(self) -> int:
@@ -261,13 +204,22 @@ class Connection:
             self._protocol.opened()
         elif isinstance(self._sink, AsgiSink):
             self._sink.open()
+        if self._close_at_accept is not None:
+            await self.close(*self._close_at_accept)
 
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
-        """Close with a close frame, after what is already owed to the client. Closing again does nothing."""
-        if self._protocol is not None:
-            if self.websocket.application_state is WebSocketState.CONNECTED:
-                self.websocket.application_state = WebSocketState.DISCONNECTED
+        """Close with a close frame, after what is already owed to the client. Closing again does nothing.
+
+        Before :meth:`accept` it refuses the handshake with 403.
+
+        Raises:
+            ValueError: no code to close with (RFC 6455 section 7.4).
+        """
+        state = self.websocket.application_state
+        if self._protocol is not None and state is not WebSocketState.CONNECTING:
+            if state is WebSocketState.CONNECTED:
                 self._protocol.close(code, reason or "")
+                self.websocket.application_state = WebSocketState.DISCONNECTED
             return
         if isinstance(self._sink, AsgiSink):
             if self._sink.closed:
@@ -275,18 +227,21 @@ class Connection:
             current_fanout().flush()
             await self._sink.finish()
         if (
-            self.websocket.application_state is not WebSocketState.DISCONNECTED
+            state is not WebSocketState.DISCONNECTED
             and self.websocket.client_state is not WebSocketState.DISCONNECTED
         ):
             try:
-                await self.websocket.close(code, reason)
-            except (RuntimeError, WebSocketDisconnect, OSError) as exc:
+                async with asyncio.timeout(self._sink.write_timeout if self._sink is not None else None):
+                    await self.websocket.close(code, reason)
+            except (RuntimeError, WebSocketDisconnect, OSError, TimeoutError) as exc:
                 logger.debug("close of a connection that was already gone: %r", exc)
         self._on_gone(code, reason or "")
 
     def close_soon(self, code: int, reason: str) -> None:
-        """As :meth:`close`, for callers that cannot wait."""
-        if self._protocol is not None:
+        """As :meth:`close`, for callers that cannot wait; before :meth:`accept` it waits for that."""
+        if self.websocket.application_state is WebSocketState.CONNECTING:
+            self._close_at_accept = (code, reason)
+        elif self._protocol is not None:
             self._protocol.close(code, reason)
         elif not self.closed:
             task = asyncio.get_running_loop().create_task(self.close(code, reason))
@@ -299,6 +254,8 @@ class Connection:
         if self._sink is not None:
             self._sink.close()
         self._wake()
+        if self._patience is not None:
+            self._patience.reschedule(asyncio.get_running_loop().time())
         if self.owner is not None:
             self.owner.connection_gone(self)
 
@@ -352,6 +309,10 @@ class Connection:
             return
         await self._ready(sink)
         current_fanout().send(self._target, payload)
+        if isinstance(sink, AsgiSink):
+            # What the endpoint sends by its websocket next must not overtake this.
+            current_fanout().flush()
+            await sink.writable()
 
     async def _ready(self, sink: AnySink) -> None:
         if not sink.flowing:
@@ -413,12 +374,15 @@ class Connection:
         if not self._reading:
             self._reading = True
             self._inbox = deque()
-            self._protocol.take_input(self._on_message)
+            self._protocol.take_input(self._on_message, self._untaken)
         inbox = self._inbox
         assert inbox is not None
         while not inbox:
             if self._gone is not None or self._protocol.close_sent:
+                self.websocket.client_state = WebSocketState.DISCONNECTED
                 raise WebSocketDisconnect(*(self._gone or (1006, "")))
+            if self._waiter is not None:
+                raise RuntimeError("another task is receiving from this connection already")
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -428,6 +392,12 @@ class Connection:
         if len(inbox) == MAX_INBOX // 2:
             self._protocol.release(HOLD_INBOX)
         return item
+
+    def _untaken(self) -> Iterable[tuple[bytes, bool]]:
+        """The endpoint reads by its websocket now; :meth:`receive_raw` takes the input back when it is called."""
+        self._reading = False
+        inbox, self._inbox = self._inbox, None
+        return inbox or ()
 
     def _on_message(self, payload: bytes, is_text: bool) -> None:
         inbox = self._inbox
@@ -441,7 +411,15 @@ class Connection:
     async def _receive_asgi(self) -> tuple[bytes, bool]:
         if self._gone is not None:
             raise WebSocketDisconnect(*self._gone)
-        message = await self.websocket.receive()
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                message = await self.websocket.receive()
+        except TimeoutError:
+            if self._gone is None:
+                raise
+            raise WebSocketDisconnect(*self._gone) from None
+        finally:
+            self._patience = None
         if message["type"] == "websocket.disconnect":
             code, reason = message.get("code", 1005), message.get("reason") or ""
             self._on_gone(code, reason)
@@ -463,14 +441,16 @@ class Connection:
             try:
                 value = jsontext.decode(payload)
             except jsontext.NotJson as exc:
-                self._complain(str(exc))
+                await self._complain(str(exc))
                 continue
             self._errors = 0
             return value
 
-    def _complain(self, words: str) -> None:
+    async def _complain(self, words: str) -> None:
         if self._sink is not None:
             self.answer_error(words, codes.ErrorCode.BAD_REQUEST)
+        else:  # made by hand
+            await self.send_json({"type": "error", "error": words, "code": int(codes.ErrorCode.BAD_REQUEST)})
 
     async def iter_json(self) -> AsyncIterator[Any]:
         """JSON values until the client is gone."""
@@ -493,4 +473,4 @@ class Connection:
             try:
                 return validate_client_message(data)
             except (ValueError, WebSocketException) as exc:
-                self._complain(str(exc))
+                await self._complain(str(exc))

@@ -81,10 +81,13 @@ class Fanout:
     """One per event loop: collects what a turn sends and writes it when the turn ends."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
+        self.thread = threading.get_ident()
         self._runs: list[Run] = []
         self._last: Run | None = None
         self._turn_bytes = 0
+        #: So much was sent in this turn already that whoever can wait should let the loop turn.
+        self.crowded = False
         self._watched: dict[Sink, None] = {}
         self._watch_timer: asyncio.TimerHandle | None = None
         #: messages x sinks, messages, and bytes handed to sinks since the start: copied to the board by the worker.
@@ -120,14 +123,19 @@ class Fanout:
             if not targets:
                 return
             if not self._runs:
-                self._loop.call_soon(self.flush)
+                self.loop.call_soon(self._end_of_turn)
             run = self._last = Run(targets, policy, topic)
             self._runs.append(run)
         run.frames.append(frame)
         run.payloads.append(payload)
         self._turn_bytes += len(frame)
         if self._turn_bytes > MAX_TURN_BYTES:
+            self.crowded = True
             self.flush()
+
+    def _end_of_turn(self) -> None:
+        self.crowded = False
+        self.flush()
 
     def flush(self) -> None:
         """Write all that is owed. Runs by itself at the end of the turn; call it before closing a client."""
@@ -170,7 +178,7 @@ class Fanout:
         """Look at ``sink`` every :data:`WATCH_INTERVAL` until its ``overdue`` says there is no more need."""
         self._watched[sink] = None
         if self._watch_timer is None:
-            self._watch_timer = self._loop.call_later(WATCH_INTERVAL, self._look)
+            self._watch_timer = self.loop.call_later(WATCH_INTERVAL, self._look)
 
     def unwatch(self, sink: Sink) -> None:
         """Forget ``sink``, which may be unknown."""
@@ -180,11 +188,11 @@ class Fanout:
             self._watch_timer = None
 
     def _look(self) -> None:
-        now = self._loop.time()
+        now = self.loop.time()
         for sink in list(self._watched):
             if not sink.overdue(now):
                 self._watched.pop(sink, None)
-        self._watch_timer = self._loop.call_later(WATCH_INTERVAL, self._look) if self._watched else None
+        self._watch_timer = self.loop.call_later(WATCH_INTERVAL, self._look) if self._watched else None
 
 
 _local = threading.local()

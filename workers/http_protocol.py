@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from workers.limited_protocol import nothing
 
-#: Seconds from the connection to the end of the request's head.
+#: Seconds from the connection, or from its first byte, to the end of a request's head.
 HANDSHAKE_TIMEOUT: Final = 10.0
 #: Bytes of a request's head.
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -39,7 +39,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._handshake_timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._handshake_overdue)
+        self._start_handshake_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_handshake_timer()
@@ -48,8 +48,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def handshaking(self) -> bool:
-        """True until a first request has arrived whole."""
+        """True while the head of a request is awaited or has begun to arrive."""
         return self._handshake_timer is not None
+
+    def _start_handshake_timer(self) -> None:
+        if self._handshake_timer is None:
+            self._handshake_timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._handshake_overdue)
 
     def _cancel_handshake_timer(self) -> None:
         if self._handshake_timer is not None:
@@ -71,6 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head = True
         self._head_bytes = 0
+        self._start_handshake_timer()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:

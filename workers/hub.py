@@ -21,7 +21,6 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from workers import jsontext
 from workers.brokers import IpcBroker
 from workers.connection import Connection
-from workers.context import current_settings
 from workers.manager import WebSocketManager
 from workers.plain import PlainSession, subscribe_at_connect
 
@@ -73,7 +72,7 @@ class _Hub:
         manager = self._manager
         if not manager.started:
             await manager.startup()
-        if not current_settings().allow_anonymous:
+        if not manager.settings.allow_anonymous:
             await _refuse(websocket, 401, "anonymous clients are not allowed")
             return
         conn_id = websocket.path_params.get("conn_id")
@@ -100,6 +99,9 @@ class _Hub:
 
     async def readyz(self, request: Request) -> Response:
         """200 when this worker is on the bus, else 503; details as JSON."""
+        if not self._manager.started:
+            # Who waits for readiness before the first client would wait for ever where no lifespan runs.
+            await self._manager.startup()
         details = readiness(self._manager)
         return JSONResponse(details, status_code=200 if details["ready"] else 503)
 

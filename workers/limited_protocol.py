@@ -19,8 +19,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
-from websockets.exceptions import InvalidState
+from websockets.exceptions import InvalidState, ProtocolError
 from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
 
 from workers.codes import MAX_REASON_BYTES
 from workers.fanout import current_fanout
@@ -154,8 +155,10 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
     def handle_events(self) -> None:
         for event in self.conn.events_received():
-            if not isinstance(event, Frame):
+            if isinstance(event, Request):
                 self.handle_connect(event)
+            elif not isinstance(event, Frame):
+                continue  # responses are for clients
             elif event.opcode is Opcode.TEXT:
                 self.handle_text(event)
             elif event.opcode is Opcode.BINARY:
@@ -242,7 +245,7 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         """Start the closing handshake after all that the client is owed; who does not answer is cut off.
 
         Raises:
-            websockets.exceptions.ProtocolError: ``code`` may not be sent (RFC 6455 section 7.4).
+            ValueError: ``code`` may not be sent (RFC 6455 section 7.4).
         """
         if self.close_sent or self.disconnected or self.transport.is_closing():
             return
@@ -252,6 +255,8 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         reason = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         try:
             self.conn.send_close(code, reason)
+        except ProtocolError as exc:
+            raise ValueError(f"{code!r} is no code to close a connection with: {exc}") from None
         except InvalidState:
             self.transport.close()
             return
@@ -355,6 +360,8 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
             result: Any = await self.app(self.scope, self.receive, self.send)
         except (ClientDisconnected, WebSocketDisconnect):
             result = None  # an application need not guard every send against a client that goes
+        except GeneratorExit:
+            raise  # the loop is gone
         except BaseException as exc:
             if not isinstance(exc, asyncio.CancelledError):
                 logger.exception("the application failed on a WebSocket connection from %s", self.peer_name())

@@ -8,8 +8,10 @@ Out: :meth:`WebSocketManager._deliver` finds the sinks and hands the payload to 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from starlette.websockets import WebSocket
@@ -22,18 +24,21 @@ from workers import jsontext
 from workers.broker_interface import BrokerInterface, is_valid_broker
 from workers.brokers import IpcBroker, create_broker
 from workers.codes import SERVICE_RESTART, ErrorCode
-from workers.connection import Connection
+from workers.connection import Connection, check_conn_id
 from workers.context import current_settings
 from workers.errors import WebSocketException
-from workers.fanout import Fanout, current_fanout, text_frame
+from workers.fanout import Fanout, SlowPolicy, current_fanout, text_frame
 from workers.message import Message
 from workers.plain import handle_message
 from workers.settings import Settings
 from workers.sinks import AnySink
 from workers.subscriptions import SubscriptionIndex
-from workers.transport import DONE, Accepted, Transport, transport_for
+from workers.transport import DONE, LET_THE_LOOP_TURN, Accepted, DirectTransport, Transport, transport_for
 
 logger = logging.getLogger("workers")
+
+#: Topics of which a manager remembers whether clients may publish there.
+MAX_KNOWN_TOPICS: Final = 4096
 
 _UNSET: Final = object()
 Self = TypeVar("Self", bound="WebSocketManager")
@@ -81,7 +86,12 @@ class WebSocketManager:
         self._everyone: tuple[AnySink, ...] | None = None
         self._settings: Settings | None = None
         self._rules: Rules | None = None
+        self._publishable: dict[str, bool] = {}
+        self._policy: Callable[[str], SlowPolicy] | None = None
+        self._post: Callable[[Envelope], Accepted] | None = None
+        # The fan-out of the loop that all connections live on; see _deliver_elsewhere for when they do not.
         self._fanout: Fanout | None = None
+        self._scattered = False
         self._started = False
         self._lock: asyncio.Lock | None = None
 
@@ -96,17 +106,27 @@ class WebSocketManager:
         self._lock = self._lock or asyncio.Lock()
         async with self._lock:
             if not self._started:
-                self._fanout = current_fanout()
                 await self._transport.start(self._deliver)
                 if isinstance(self.broker, IpcBroker) and self.broker.peer is not None:
                     self._rules = self.broker.peer.rules
+                self._publishable.clear()
+                if any(rule.slow_consumer is not None for rule in self.rules.topics.values()):
+                    self._policy = self.rules.slow_consumer
+                if isinstance(self._transport, DirectTransport):
+                    self._post = self._transport.post
                 self._started = True
                 for connection in self._connections:
                     self._want(connection)
 
     async def shutdown(self) -> None:
         """Close all clients with 1012, leave the broker; :meth:`startup` works again afterwards."""
-        closing = [connection.close(*SERVICE_RESTART) for connection in list(self._connections)]
+        closing = []
+        for connection in list(self._connections):
+            fanout = connection.target[0].fanout
+            if fanout is current_fanout():
+                closing.append(connection.close(*SERVICE_RESTART))
+            elif not fanout.loop.is_closed():
+                fanout.loop.call_soon_threadsafe(connection.close_soon, *SERVICE_RESTART)
         for outcome in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(outcome, Exception):
                 logger.debug("closing a connection at shutdown: %r", outcome)
@@ -114,6 +134,7 @@ class WebSocketManager:
             self.connection_gone(connection)
         if self._started:
             self._started = False
+            self._post = None
             await self._transport.stop()
         self._lock = None
 
@@ -180,6 +201,10 @@ class WebSocketManager:
 
         ``first`` is JSON text that the client gets before anything else.
         """
+        check_conn_id(conn_id)
+        fanout = current_fanout()
+        self._scattered = bool(self._connections) and (self._scattered or self._fanout is not fanout)
+        self._fanout = fanout
         connection = Connection(websocket, conn_id)
         connection.prepare(self, self.settings.max_backlog, self.settings.write_timeout)
         if first is not None:
@@ -332,6 +357,26 @@ class WebSocketManager:
         check_topic(topic)
         return self._publish(Envelope(TOPIC, self.broker_channel, topic, payload), local)
 
+    def publish_checked(self, topic: str, payload: bytes) -> Accepted:
+        """The same for a topic that :meth:`clients_may_publish` has seen."""
+        envelope = Envelope(TOPIC, self.broker_channel, topic, payload)
+        post = self._post
+        return post(envelope) if post is not None else self._publish(envelope, False)
+
+    def clients_may_publish(self, topic: str) -> bool:
+        """Whether the topic rules let clients publish there.
+
+        Raises:
+            InvalidTopic: not a topic to publish to.
+        """
+        allowed = self._publishable.get(topic)
+        if allowed is None:
+            check_topic(topic)
+            if len(self._publishable) >= MAX_KNOWN_TOPICS:
+                self._publishable.clear()
+            allowed = self._publishable[topic] = self.rules.may_publish(topic, False)
+        return allowed
+
     def broadcast_text(self, payload: bytes, local: bool = False) -> Accepted:
         """:meth:`broadcast` for JSON text that is ready."""
         return self._publish(Envelope(BROADCAST, self.broker_channel, "", payload), local)
@@ -346,14 +391,22 @@ class WebSocketManager:
                 self._deliver([envelope])
                 return DONE
             raise RuntimeError("this manager is not started; call await manager.startup() first")
-        return self._transport.publish(envelope, local)
+        accepted = self._transport.publish(envelope, local)
+        if accepted is DONE and self._fanout is not None and self._fanout.crowded:
+            return LET_THE_LOOP_TURN
+        return accepted
 
     # --- messages: out ------------------------------------------------------------------------------------
 
     def _deliver(self, envelopes: Sequence[Envelope]) -> None:
         """Envelopes of this channel, from here or from the bus, in order."""
-        fanout = self._fanout or current_fanout()
-        policy = self.rules.slow_consumer
+        fanout = self._fanout
+        if fanout is None:
+            return  # nobody has ever connected here
+        if self._scattered or fanout.thread != threading.get_ident():
+            self._deliver_elsewhere(envelopes)
+            return
+        policy = self._policy
         for envelope in envelopes:
             kind = envelope.kind
             if kind == TOPIC:
@@ -361,15 +414,37 @@ class WebSocketManager:
                 targets = self._index.match(topic)
                 if targets:
                     data = envelope.data
-                    fanout.send_frame(targets, text_frame(data), data, policy(topic), topic)
+                    fanout.send_frame(
+                        targets, text_frame(data), data, "close" if policy is None else policy(topic), topic
+                    )
             elif kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)
             else:
                 fanout.send(self._sinks_of(envelope.conn_ids), envelope.data)
 
+    def _deliver_elsewhere(self, envelopes: Sequence[Envelope]) -> None:
+        """The same from a thread of the application, or to connections on several loops (test clients have that)."""
+        for envelope in envelopes:
+            if envelope.kind == TOPIC:
+                targets = self._index.match(envelope.topic)
+            elif envelope.kind == BROADCAST:
+                targets = self._all_sinks()
+            else:
+                targets = self._sinks_of(envelope.conn_ids)
+            by_loop: dict[Fanout, list[AnySink]] = {}
+            for sink in targets:
+                by_loop.setdefault(sink.fanout, []).append(sink)
+            for fanout, sinks in by_loop.items():
+                policy = self.rules.slow_consumer(envelope.topic) if envelope.kind == TOPIC else "close"
+                send = functools.partial(fanout.send, tuple(sinks), envelope.data, policy, envelope.topic)
+                if fanout.thread == threading.get_ident():
+                    send()
+                elif not fanout.loop.is_closed():
+                    fanout.loop.call_soon_threadsafe(send)
+
     def _all_sinks(self) -> tuple[AnySink, ...]:
         if self._everyone is None:
-            self._everyone = tuple(connection.target[0] for connection in self._connections)
+            self._everyone = tuple([connection.target[0] for connection in list(self._connections)])
         return self._everyone
 
     def _sinks_of(self, conn_ids: tuple[str, ...]) -> tuple[AnySink, ...]:

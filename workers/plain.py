@@ -7,6 +7,7 @@ objects from :meth:`workers.WebSocketManager.receive`.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from workers.connection import Connection
     from workers.manager import WebSocketManager
 
+logger = logging.getLogger("workers")
+
 _UNSET: Final = object()
+_SEND: Final = msgspec.Raw(b'"send"')
 _text_decoder = msgspec.json.Decoder(str)
 
 
@@ -54,8 +58,35 @@ class PlainSession:
         except jsontext.NotJson as exc:
             connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
             return
-        if not handle_message(self._manager, connection, message):
+        try:
+            # Nearly every message is a publication without an ack: those take the straight way.
+            if message.get("type") == _SEND and "ack" not in message:
+                room = self._send(message)
+            else:
+                room = handle_message(self._manager, connection, message)
+        except Exception:
+            # Whatever it was: neither this connection nor the process shall end by it.
+            logger.exception("a client's message could not be served")
+            connection.answer_error(ErrorCode.INTERNAL.message, ErrorCode.INTERNAL)
+            return
+        if not room:
             connection.hold_reading(HOLD_BUS, self._manager.transport.on_clear)
+
+    def _send(self, message: dict[str, msgspec.Raw]) -> bool:
+        manager = self._manager
+        try:
+            topic = _text_decoder.decode(message["topic"])
+            if manager.clients_may_publish(topic):
+                del message["type"], message["topic"]
+                message.pop("conn_id", None)
+                self._connection.no_error()
+                return manager.publish_checked(topic, jsontext.encode(message)) is DONE
+        except BusFull as exc:
+            self._connection.answer_error(str(exc), ErrorCode.INTERNAL)
+            return False
+        except (KeyError, ValueError, msgspec.DecodeError):
+            pass  # what is wrong is found, and told, below
+        return handle_message(manager, self._connection, {"type": "send", **message})
 
 
 def handle_message(manager: WebSocketManager, connection: Connection, data: dict[str, Any]) -> bool:
@@ -92,10 +123,9 @@ def _act(
     try:
         if kind == "send":
             name = _text(topic, "topic")
-            payload = jsontext.encode(data)
-            if not rules.may_publish(name, False):
+            if not manager.clients_may_publish(name):
                 raise Refused(ErrorCode.PERMISSION_DENIED, f"publishing to {name!r} is not permitted")
-            return manager.publish_text(name, payload)
+            return manager.publish_checked(name, jsontext.encode(data))
         if kind == "subscribe":
             _subscribe(manager, connection, _text(topic, "topic"))
             return None

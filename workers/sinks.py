@@ -38,11 +38,11 @@ class SocketSink:
     __slots__ = (
         "__weakref__",
         "_backlog",
-        "_fanout",
         "_progress",
         "_protocol",
         "_waiters",
         "closed",
+        "fanout",
         "max_backlog",
         "pending",
         "slow_close",
@@ -53,7 +53,7 @@ class SocketSink:
         self, protocol: WebSocketProtocol, fanout: Fanout, max_backlog: int, write_timeout: float
     ) -> None:
         self._protocol = protocol
-        self._fanout = fanout
+        self.fanout = fanout
         # A backlog exists while the client is held (before accept) or blocked; None means "write at once".
         self._backlog: Backlog | None = Backlog(max_backlog, joins=True)
         self._progress = (0.0, 0)
@@ -116,7 +116,7 @@ class SocketSink:
             return
         dropped = backlog.dropped
         fits = backlog.add(item, self._protocol.transport.get_write_buffer_size())
-        self._fanout.slow_dropped += backlog.dropped - dropped
+        self.fanout.slow_dropped += backlog.dropped - dropped
         if not fits:
             self._close_slow(f"more than {self.max_backlog} bytes wait for it")
 
@@ -128,7 +128,7 @@ class SocketSink:
                 asyncio.get_running_loop().time(),
                 self._protocol.transport.get_write_buffer_size(),
             )
-            self._fanout.watch(self)
+            self.fanout.watch(self)
 
     def unblocked(self) -> None:
         """The transport is empty again."""
@@ -141,7 +141,7 @@ class SocketSink:
         if backlog:
             self._protocol.write(b"".join(backlog.take()))
         if self._backlog is None:
-            self._fanout.unwatch(self)
+            self.fanout.unwatch(self)
             self._wake()
 
     def overdue(self, now: float) -> bool:
@@ -175,7 +175,7 @@ class SocketSink:
 
     def _close_slow(self, why: str) -> None:
         code, reason = self.slow_close
-        self._fanout.slow_closed += 1
+        self.fanout.slow_closed += 1
         logger.warning("connection from %s closed as slow (%d): %s", self._protocol.peer_name(), code, why)
         # What still waits is given up; the frame that is half out stays whole, the close frame follows it.
         self._backlog = Backlog(self.max_backlog, joins=True)
@@ -184,7 +184,7 @@ class SocketSink:
     def close(self) -> None:
         """Take nothing more. The protocol writes the close frame."""
         self.closed = True
-        self._fanout.unwatch(self)
+        self.fanout.unwatch(self)
         self._wake()
 
     def rest(self) -> bytes:
@@ -200,7 +200,6 @@ class AsgiSink:
         "__weakref__",
         "_backlog",
         "_closing",
-        "_fanout",
         "_held",
         "_on_gone",
         "_since",
@@ -208,6 +207,7 @@ class AsgiSink:
         "_waiters",
         "_websocket",
         "closed",
+        "fanout",
         "max_backlog",
         "pending",
         "slow_close",
@@ -223,7 +223,7 @@ class AsgiSink:
         on_gone: Callable[[int, str], None],
     ) -> None:
         self._websocket = websocket
-        self._fanout = fanout
+        self.fanout = fanout
         self._backlog = Backlog(max_backlog)
         self._held = True
         self._task: asyncio.Task[None] | None = None
@@ -269,7 +269,7 @@ class AsgiSink:
             return
         dropped = self._backlog.dropped
         fits = self._backlog.add(item)
-        self._fanout.slow_dropped += self._backlog.dropped - dropped
+        self.fanout.slow_dropped += self._backlog.dropped - dropped
         if not fits:
             self._close_slow(f"more than {self.max_backlog} bytes wait for it")
         else:
@@ -281,7 +281,7 @@ class AsgiSink:
         if self._task is None or self._task.done():
             self._since = asyncio.get_running_loop().time()
             self._task = asyncio.get_running_loop().create_task(self._drain())
-            self._fanout.watch(self)
+            self.fanout.watch(self)
 
     async def _drain(self) -> None:
         """Send what waits until nothing does; ends then, so an idle client has no task."""
@@ -323,7 +323,7 @@ class AsgiSink:
 
     def _close_slow(self, why: str) -> None:
         code, reason = self.slow_close
-        self._fanout.slow_closed += 1
+        self.fanout.slow_closed += 1
         logger.warning("connection from %s closed as slow (%d): %s", self._websocket.client, code, why)
         task = self._task
         self.close()
@@ -350,7 +350,7 @@ class AsgiSink:
     def close(self) -> None:
         """Take nothing more."""
         self.closed = True
-        self._fanout.unwatch(self)
+        self.fanout.unwatch(self)
         self._wake()
 
 

@@ -6,6 +6,7 @@ Between :class:`~workers.manager.WebSocketManager` and a broker. Both transports
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +16,7 @@ from ipc.envelope import BROADCAST, DIRECT, Envelope
 from ipc.peer import BusFull, InterestKind
 from workers import jsontext
 from workers.broker_interface import BrokerInterface
-from workers.brokers import Deliver, DirectBroker, to_envelope
+from workers.brokers import Deliver, DirectBroker, running_loop, to_envelope
 from workers.message import Message
 
 logger = logging.getLogger("workers")
@@ -42,6 +43,7 @@ class Accepted:
 
 
 DONE: Final = Accepted()
+LET_THE_LOOP_TURN: Final = Accepted(lambda: asyncio.sleep(0))
 
 
 class DirectTransport:
@@ -57,7 +59,7 @@ class DirectTransport:
         """Connect; envelopes of the channel go to ``deliver`` from now on, our own too."""
         await self.broker.connect()
         self._deliver = deliver
-        self._members = self.broker.join(self.channel, deliver)
+        self._members = self.broker.join(self.channel, deliver, anywhere=True)
 
     async def stop(self) -> None:
         """The end of :meth:`start`."""
@@ -68,7 +70,14 @@ class DirectTransport:
 
     def publish(self, envelope: Envelope, local: bool) -> Accepted:
         """To everybody on the channel, or to this process alone."""
-        congested = not local and self.broker.to_others(envelope)
+        if not local:
+            return self.post(envelope)
+        self.broker.hand_here(self.channel, (envelope,))
+        return DONE
+
+    def post(self, envelope: Envelope) -> Accepted:
+        """To everybody on the channel: the way of nearly every message."""
+        congested = self.broker.to_others(envelope)
         if self._deliver is not None and len(self._members) == 1:
             self._deliver((envelope,))
         else:
@@ -107,7 +116,10 @@ class BrokerTransport:
         self.broker = broker
         self.channel = channel
         self._deliver: Deliver | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: deque[dict[str, Any]] = deque()
+        self._taken = 0
+        self._queued = 0
         self._more = asyncio.Event()
         self._room = asyncio.Event()
         self._callbacks: list[Callable[[], None]] = []
@@ -118,52 +130,66 @@ class BrokerTransport:
         self._more = asyncio.Event()
         self._room = asyncio.Event()
         await self.broker.connect()
-        await self.broker.subscribe(self.channel)
+        try:
+            await self.broker.subscribe(self.channel)
+        except BaseException:
+            await self.broker.disconnect()
+            raise
         self._deliver = deliver
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [self._loop.create_task(self._pump()), self._loop.create_task(self._listen())]
 
     async def stop(self) -> None:
         """Publish what waits (for a second at most), end the tasks, disconnect."""
         if self._tasks and self._outbox:
             try:
                 async with asyncio.timeout(1.0):
-                    await self._flushed()
+                    await self._until_taken(self._queued)
             except TimeoutError:
                 logger.warning("%d messages to the broker were not published at shutdown", len(self._outbox))
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._outbox.clear()
+        self._taken = self._queued
+        self._took()
         self._deliver = None
         try:
             await self.broker.unsubscribe(self.channel)
         finally:
             await self.broker.disconnect()
 
-    async def _flushed(self) -> None:
-        while self._outbox:
-            self._room.clear()
-            await self._room.wait()
-
     def publish(self, envelope: Envelope, local: bool) -> Accepted:
         """Queue for the broker; ``local`` delivers to this process without it.
 
+        What it returns is done when the broker has taken the message, or has refused it, which is logged.
+
         Raises:
             BusFull: so many messages wait that nobody awaited.
-            ValueError: the data is no object, and this wire format has nothing else.
+            ValueError: the data is no object, or has keys that this wire format has taken.
         """
         if local:
             if self._deliver is not None:
                 self._deliver([envelope])
             return DONE
-        if not self._tasks:
+        if not self._tasks or self._loop is None:
             raise RuntimeError("this manager is not started; call await manager.startup() first")
         if len(self._outbox) >= 2 * MAX_OUTBOX:
             raise BusFull(f"{len(self._outbox)} messages wait for the broker; await what send() returns")
         self._outbox.append(_to_wire(envelope))
-        self._more.set()
-        return Accepted(self.accepted)
+        self._queued += 1
+        if running_loop() is self._loop:
+            self._more.set()
+        else:
+            self._loop.call_soon_threadsafe(self._more.set)
+        return Accepted(functools.partial(self._until_taken, self._queued))
+
+    async def _until_taken(self, number: int) -> None:
+        """Wait until so many messages have been taken by the broker since the start."""
+        while self._taken < number:
+            self._room.clear()
+            await self._room.wait()
 
     @property
     def congested(self) -> bool:
@@ -183,6 +209,13 @@ class BrokerTransport:
             self._room.clear()
             await self._room.wait()
 
+    def _took(self) -> None:
+        self._room.set()
+        if not self.congested:
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback()
+
     def interest_add(self, kind: InterestKind, text: str) -> None:
         """Such a broker brings everything."""
 
@@ -192,19 +225,15 @@ class BrokerTransport:
     async def _pump(self) -> None:
         while True:
             while self._outbox:
-                message = self._outbox[0]
                 try:
-                    await self.broker.publish(self.channel, message)
+                    await self.broker.publish(self.channel, self._outbox[0])
                 except Exception:
                     logger.exception(
                         "the broker did not take a message on channel %r; it is lost", self.channel
                     )
                 self._outbox.popleft()
-                self._room.set()
-                if not self.congested:
-                    callbacks, self._callbacks = self._callbacks, []
-                    for callback in callbacks:
-                        callback()
+                self._taken += 1
+                self._took()
             self._more.clear()
             await self._more.wait()
 
@@ -215,23 +244,41 @@ class BrokerTransport:
             asked = loop.time()
             try:
                 message = await self.broker.get_message()
-                if message is not None and self._deliver is not None:
-                    self._deliver([to_envelope(self.channel, message)])
-                delay = RETRY[0]
             except Exception as exc:
                 # A listener that dies is a hub that looks healthy and delivers nothing.
                 logger.warning("the broker's get_message failed on channel %r: %r", self.channel, exc)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY[1])
                 continue
-            if message is None and loop.time() - asked < IDLE:
-                await asyncio.sleep(IDLE)
+            delay = RETRY[0]
+            if message is not None:
+                self._deliver_one(message)
+            if loop.time() - asked < IDLE:
+                # One that never waits would leave the loop to nobody else, and an idle one would burn a core.
+                await asyncio.sleep(IDLE if message is None else 0)
+
+    def _deliver_one(self, message: Any) -> None:
+        try:
+            envelope = to_envelope(self.channel, message)
+            if self._deliver is not None:
+                self._deliver([envelope])
+        except Exception as exc:
+            # Foreign or old processes may say what we do not know (the original publishes "connect", say).
+            logger.debug("left out a message of the broker on channel %r: %r", self.channel, exc)
+
+
+_WIRE_KEYS: Final = frozenset({"type", "topic", "conn_id"})
 
 
 def _to_wire(envelope: Envelope) -> dict[str, Any]:
     data = jsontext.decode(envelope.data)
     if not isinstance(data, dict):
         raise ValueError(f"through this broker only objects can be published, not {type(data).__name__}")
+    taken = sorted(data.keys() & _WIRE_KEYS)
+    if taken:
+        raise ValueError(
+            f"through this broker data may not have the keys {', '.join(taken)}: its wire format has them"
+        )
     if envelope.kind == BROADCAST:
         message = Message(type="broadcast", data=data)
     elif envelope.kind == DIRECT:
@@ -239,10 +286,7 @@ def _to_wire(envelope: Envelope) -> dict[str, Any]:
         message = Message(type="send_by_conn_id", data=data, conn_id=ids[0] if len(ids) == 1 else ids)
     else:
         message = Message(type="send", data=data, topic=envelope.topic)
-    wire = message.__serialize__()
-    wire.setdefault("topic", None)
-    wire.setdefault("conn_id", None)
-    return wire
+    return message.__serialize__()
 
 
 Transport = DirectTransport | BrokerTransport

@@ -17,10 +17,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from ipc.board import Board, Counter
+from ipc.board import Board, Counter, SlotState
 from ipc.flow import BACKLOG
 from ipc.peer import TOPIC, Envelope, InterestKind, Peer, PeerKind
 from ipc.runtime import RuntimeDir
+from tests.support import until_async
 
 
 async def open_peer(path: object, *, backlog: int = BACKLOG, kind: PeerKind = PeerKind.APPLICATION) -> Peer:
@@ -67,6 +68,59 @@ def read_sums(path: object) -> dict[Counter, int]:
     """The same, without a peer."""
     with RuntimeDir.open(str(path), create=False) as runtime:
         return sums(runtime.open_board())
+
+
+def topic(name: str, data: bytes = b"{}", channel: str = "hub") -> Envelope:
+    return Envelope(TOPIC, channel, name, data)
+
+
+async def settled(*members: Peer) -> None:
+    """Everything that was published has been processed."""
+
+    def idle(peer: Peer) -> bool:
+        outbound = peer.bus.outbound
+        for link in outbound.links.values():
+            outbound.read_credit(link)
+        return all(link.idle for link in outbound.links.values())
+
+    await until_async(lambda: all(idle(peer) for peer in members))
+
+
+def state(peer: Peer) -> SlotState:
+    return peer.record.state
+
+
+def got(peer: Peer, counter: Counter) -> int:
+    return peer.record.get(counter)
+
+
+def stop_reading(peer: Peer) -> None:
+    """As a stopped process: it lives, but takes nothing in and its heart does not beat."""
+    bus = peer.bus
+    bus._loop.remove_reader(bus.inbound.fd)
+    assert bus._tick_timer
+    bus._tick_timer.cancel()
+
+
+def read_again(peer: Peer) -> None:
+    peer.bus._loop.add_reader(peer.bus.inbound.fd, peer.bus._on_inbox)
+    peer.bus._on_inbox()
+    peer.bus._tick()
+
+
+def die(peer: Peer) -> None:
+    """As a killed process: its locks are gone, its record and its inbox stay."""
+    bus = peer.bus
+    stop_reading(peer)
+    bus._loop.remove_reader(bus.outbound.fd)
+    bus._open = False
+    bus.outbound._socket.close(0)
+    bus.inbound._socket.close(0)
+    bus._context.term()
+    runtime = peer.runtime
+    for slot in runtime._mine:
+        runtime._locks.unlock(16 + slot)
+    runtime._mine.clear()
 
 
 class Actor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc import board as module
+from ipc import layout
 from ipc.board import (
     BOARD_BYTES,
     BOARD_NAME,
@@ -78,7 +78,7 @@ def test_every_slot_has_bytes_of_its_own(board: Board) -> None:
             record.set(counter, -1)
         if slot < FULL_SLOTS:
             offset = board.map_offset(slot)
-            board.memory[offset] = board.memory[offset + module._MAP_BYTES - 1] = 255
+            board.memory[offset] = board.memory[offset + layout.MAP_BYTES - 1] = 255
             for sender in (0, SLOTS - 1):
                 board.words[board.credit_index(slot, sender)] = (1 << 64) - 1
         after = bytes(board.memory)
@@ -173,8 +173,8 @@ def test_a_foreign_short_or_newer_file_is_refused_in_words(board: Board, dir_fd:
 
 
 def test_hostile_contents_lead_nobody_astray(board: Board) -> None:
-    random_bytes = random.Random(5).randbytes(module._MAPS - 4096)
-    board.memory[4096 : module._MAPS] = random_bytes
+    random_bytes = random.Random(5).randbytes(layout.MAPS - 4096)
+    board.memory[4096 : layout.MAPS] = random_bytes
     for slot in range(SLOTS):
         record = board.record(slot)
         assert isinstance(record.state, SlotState)

@@ -26,9 +26,11 @@ def seen(actor: Actor) -> tuple[int, int]:
 
 def arrived(receivers: list[Actor], count: int) -> None:
     for receiver in receivers:
-        until(
-            lambda receiver=receiver: seen(receiver)[0] >= count, 40, f"{count} messages at {receiver.slot}"
-        )  # type: ignore[misc]
+
+        def enough(receiver: Actor = receiver) -> bool:
+            return seen(receiver)[0] >= count
+
+        until(enough, 40, f"{count} messages at peer {receiver.slot}")
         assert seen(receiver) == (count, 0)
 
 

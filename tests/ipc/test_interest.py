@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -12,12 +13,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ipc import interest as module
 from ipc.board import INTEREST_BITS
-from ipc.interest import InterestKind, OwnInterest, PlaceCache, bucket, place, topic_places, wanted
+from ipc.interest import InterestKind, OwnInterest, PlaceCache, bucket, place, topic_places
 from ipc.topics import is_pattern, matches, prefix_run
 
 levels = st.sampled_from(["a", "b", "", "$x", "+", "#"])
 patterns = st.lists(levels, min_size=1, max_size=4).map("/".join)
 topics = st.lists(st.sampled_from(["a", "b", "", "$x"]), min_size=1, max_size=4).map("/".join)
+
+
+def wanted(memory: bytearray, offset: int, places: Iterable[tuple[int, int]]) -> bool:
+    """As a sender looks."""
+    return any(memory[offset + byte] & mask for byte, mask in places)
 
 
 def subscribe(own: OwnInterest, channel: str, pattern: str) -> None:

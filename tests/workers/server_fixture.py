@@ -1,4 +1,4 @@
-"""A worker's server in the test's own process: our protocols on uvloop, a manager, and what must be left of it: nothing.
+"""A worker's server in the test's own process: our protocols on uvloop and a manager, of which nothing may be left.
 
 :func:`serving` starts it, :class:`RawClient` attacks it frame by frame, :func:`uvrun` runs the test and fails on
 tasks, sockets and unexpected log lines that it leaves behind.
@@ -322,4 +322,4 @@ async def nothing_left(manager: WebSocketManager, strangers: Collection[AnySink]
 
 def all_sinks() -> list[AnySink]:
     """Every sink of a client that is in memory."""
-    return [thing for thing in gc.get_objects() if isinstance(thing, SocketSink | AsgiSink)]
+    return [thing for thing in gc.get_objects() if type(thing) in (SocketSink, AsgiSink)]

@@ -5,25 +5,29 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from tests.support import until_async
 from tests.workers.server_fixture import (
     BINARY,
+    CLOSE,
     CONT,
     PING,
     PONG,
     TEXT,
+    close_frame,
     frame,
     settings,
     upgrade_request,
 )
-from workers.protocol import WebSocketProtocol
+from workers.limited_protocol import HOLD_BUS, HOLD_INBOX
+from workers.protocol import MAX_PARTIAL, WebSocketProtocol
 from workers.server import DrainState
 from workers.worker import server_config
 
@@ -87,8 +91,10 @@ class Wire:
         self.closed: list[int] = []
 
     def end(self) -> None:
-        """The end of the TCP connection."""
+        """The end of the TCP connection, and of the application."""
         self.protocol.connection_lost(None)
+        for task in self.protocol.tasks:
+            task.cancel()
 
     def feed(self, data: bytes, cuts: list[int]) -> None:
         """The stream in chunks that end at ``cuts``."""
@@ -97,6 +103,13 @@ class Wire:
             if cut > at:
                 self.protocol.data_received(data[at:cut])
                 at = cut
+
+    def no_pong(self) -> None:
+        """The deadline for a pong, a minute after the ping."""
+        self.protocol.ping_timeout = 10.0
+        self.protocol.ping_sent_at = self.protocol.loop.time() - 60.0
+        self.protocol._released_at = 0.0
+        self.protocol.keepalive_timeout()
 
     def pongs(self) -> list[bytes]:
         """The payloads of the pongs that were written."""
@@ -220,4 +233,331 @@ def test_byte_by_byte(loop: asyncio.Runner, stream: list[Sent]) -> None:
         assert w.messages == [one.message for one in stream]
         w.end()
 
+    loop.run(main())
+
+
+# --- reading is held back ---
+
+
+@given(stream=st.lists(sent, max_size=6), cuts=st.lists(st.integers(0, 5000), max_size=20))
+def test_a_handler_that_holds_after_every_message_loses_none(
+    loop: asyncio.Runner, stream: list[Sent], cuts: list[int]
+) -> None:
+    async def main() -> None:
+        w = await wire()
+
+        def handler(payload: bytes, is_text: bool) -> None:
+            w.messages.append((payload, is_text))
+            w.protocol.hold(HOLD_BUS)
+
+        w.protocol.take_input(handler)
+        w.feed(b"".join(one.stream() for one in stream), cuts)
+        for _ in stream:
+            w.protocol.release(HOLD_BUS)
+        assert w.messages == [one.message for one in stream]
+        assert w.pongs() == [ping for one in stream for ping in one.pings[: len(one.parts)]]
+        assert w.transport.reading
+        w.end()
+
+    loop.run(main())
+
+
+@given(
+    stream=st.lists(sent, max_size=6),
+    cuts=st.lists(st.integers(0, 5000), max_size=20),
+    switches=st.sets(st.integers(0, 20)),
+)
+def test_reading_by_asgi_and_by_a_handler_in_turns_loses_none(
+    loop: asyncio.Runner, stream: list[Sent], cuts: list[int], switches: set[int]
+) -> None:
+    async def main() -> None:
+        w = await wire(plain)
+        protocol = w.protocol
+        got: list[Message] = []
+        inbox: list[Message] = []
+
+        def untaken() -> list[Message]:
+            rest = inbox[:]
+            inbox.clear()
+            return rest
+
+        reads_by_asgi = True
+        data = b"".join(one.stream() for one in stream)
+        ends = [*sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
+        at = 0
+        for number, end in enumerate(ends):
+            if at < end:
+                protocol.data_received(data[at:end])
+                at = end
+            if number in switches:
+                reads_by_asgi = not reads_by_asgi
+            if reads_by_asgi:
+                if protocol._handler is not None:
+                    protocol._give_back()
+                while not protocol.queue.empty():
+                    event: Any = await protocol.receive()
+                    text = event.get("text")
+                    got.append((text.encode(), True) if text is not None else (event["bytes"], False))
+            else:
+                if protocol._handler is None:
+                    protocol.take_input(lambda *message: inbox.append(message), untaken)
+                if inbox:
+                    got.append(inbox.pop(0))
+        got += inbox
+        assert got == [one.message for one in stream]
+        assert w.transport.reading
+        w.end()
+
+    loop.run(main())
+
+
+async def plain(scope: Any, receive: Any, send: Any) -> None:
+    """An endpoint that accepts and then leaves its socket to the test."""
+    await WebSocket(scope, receive, send).accept()
+    await asyncio.Event().wait()
+
+
+def test_a_pong_hold_does_not_undo_the_queue_s(loop: asyncio.Runner) -> None:
+    """With a message in the ASGI queue, the end of a ping flood does not make the client's next ones be read."""
+
+    async def main() -> None:
+        w = await wire(plain)
+        w.transport.stuck = 1 << 20
+        w.protocol.data_received(frame(TEXT, b"1") + frame(PING, b"x"))
+        assert not w.transport.reading
+        w.transport.stuck = 0
+        w.protocol.resume_writing()
+        assert not w.transport.reading
+        await w.protocol.receive()
+        assert w.transport.reading
+        w.end()
+
+    loop.run(main())
+
+
+def test_receiving_does_not_undo_the_hold_of_a_ping_flood(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire(plain)
+        w.transport.stuck = 1 << 20
+        w.protocol.data_received(frame(TEXT, b"1") + frame(PING, b"x"))
+        await w.protocol.receive()
+        assert not w.transport.reading
+        w.protocol.resume_writing()
+        assert w.transport.reading
+        w.end()
+
+    loop.run(main())
+
+
+def test_the_handler_gets_first_what_had_come_before_it(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire(plain)
+        w.protocol.data_received(frame(TEXT, b"1") + frame(BINARY, b"2") + frame(TEXT, b"3")[:4])
+        w.protocol.take_input(lambda payload, is_text: w.messages.append((payload, is_text)))
+        w.protocol.data_received(frame(TEXT, b"3")[4:])
+        assert w.messages == [(b"1", True), (b"2", False), (b"3", True)]
+        assert w.transport.reading
+        w.end()
+
+    loop.run(main())
+
+
+def test_the_end_is_told_also_to_who_reads_by_asgi_after_the_handler(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire(plain)
+        w.protocol.data_received(frame(TEXT, b"1") + close_frame(4321))
+        assert not w.protocol.take_input(lambda payload, is_text: w.messages.append((payload, is_text)))
+        assert w.messages == [(b"1", True)]
+        event: Any = await w.protocol.receive()
+        assert (event["type"], event["code"]) == ("websocket.disconnect", 4321)
+        w.end()
+
+    loop.run(main())
+
+
+# --- the pong deadline ---
+
+
+def test_the_pong_deadline_stands_still_while_we_do_not_read(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire()
+        protocol = w.protocol
+        protocol.ping_timeout = 0.01
+        protocol.ping_sent_at = protocol.loop.time() - 60.0
+        protocol.hold(HOLD_INBOX)
+        protocol.keepalive_timeout()
+        assert not w.transport.closing
+        protocol.release(HOLD_INBOX)
+        protocol.keepalive_timeout()
+        assert not w.transport.closing, "it had no time to answer yet"
+        await until_async(lambda: w.transport.closing, 5.0)
+        assert w.closed == [1011]
+        w.end()
+
+    loop.run(main())
+
+
+def test_the_pong_deadline_stands_still_while_the_ping_is_behind_other_data(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire()
+        protocol = w.protocol
+        protocol.ping_timeout = 10.0
+        protocol.ping_sent_at = protocol.loop.time() - 60.0
+        protocol.pause_writing()
+        protocol.keepalive_timeout()
+        assert not w.transport.closing
+        protocol.resume_writing()
+        protocol.keepalive_timeout()
+        assert not w.transport.closing
+        w.end()
+
+    loop.run(main())
+
+
+def test_a_client_that_never_reads_its_pongs_is_not_spared_the_deadline(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire(plain)
+        w.transport.stuck = 1 << 20
+        w.protocol.data_received(frame(PING, b"x"))
+        assert not w.transport.reading
+        w.no_pong()
+        assert w.transport.closing
+        w.end()
+
+    loop.run(main())
+
+
+# --- closing ---
+
+
+def test_what_is_pipelined_behind_our_close_is_ignored_but_the_clients_close_is_seen(
+    loop: asyncio.Runner,
+) -> None:
+    async def main() -> None:
+        w = await wire()
+
+        def handler(payload: bytes, is_text: bool) -> None:
+            w.messages.append((payload, is_text))
+            w.protocol.close(1003, "no")
+
+        w.protocol.take_input(handler)
+        w.protocol.data_received(
+            frame(BINARY, b"1") + frame(TEXT, b"2") + frame(TEXT, b"x" * 200, fin=False) + frame(CONT, b"y")
+        )
+        assert not w.transport.closing
+        w.protocol.data_received(frame(TEXT, b"3") + close_frame(1000))
+        assert w.messages == [(b"1", False)]
+        assert w.transport.closing, "it waits for a close frame that has come already"
+        assert w.frames() == [(CLOSE, b"\x03\xebno")]
+        w.end()
+        assert w.closed == [1003]
+
+    loop.run(main())
+
+
+def test_our_close_in_the_middle_of_a_frame(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        for size in (100, 3 * MAX_PARTIAL):
+            w = await wire()
+            data = frame(TEXT, b"x" * size)
+            w.protocol.data_received(data[: size // 2])
+            w.protocol.close(1012)
+            w.protocol.data_received(data[size // 2 :] + close_frame(1012))
+            assert w.messages == []
+            assert w.transport.closing
+            assert [opcode for opcode, _ in w.frames()] == [CLOSE]
+            w.end()
+
+    loop.run(main())
+
+
+def test_a_reason_too_long_is_cut_and_a_code_that_is_none_changes_nothing(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire()
+        for code in (1005, 1006, 999, 5000, 0):
+            with pytest.raises(ValueError, match=str(code)):
+                w.protocol.close(code)
+        w.protocol.data_received(frame(TEXT, b"still here"))
+        assert w.messages == [(b"still here", True)]
+        w.protocol.close(1000, "ä" * 100)
+        ((opcode, payload),) = w.frames()
+        assert (opcode, payload[2:].decode()) == (CLOSE, "ä" * 61)
+        w.end()
+
+    loop.run(main())
+
+
+def test_nothing_is_written_after_the_close_frame(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        ways: dict[str, Callable[[Wire], None]] = {
+            "our close": lambda w: w.protocol.close(1000),
+            "theirs": lambda w: w.protocol.data_received(close_frame()),
+            "a failure": lambda w: w.protocol.data_received(frame(TEXT, b"\xff")),
+            "a failure in the parser": lambda w: w.protocol.data_received(frame(3, b"")),
+            "no pong": lambda w: w.no_pong(),
+        }
+        for way, end in ways.items():
+            w = await wire()
+            sink = w.protocol._sink
+            assert sink is not None
+            w.transport.stuck = 100
+            sink.push(b"before")
+            end(w)
+            sink.push(b"after")
+            await asyncio.sleep(0)
+            opcodes = [opcode for opcode, _ in w.frames()]
+            assert opcodes == [TEXT, CLOSE], way
+            assert len(w.closed) == 1, way
+            w.end()
+            assert len(w.closed) == 1, way
+
+    loop.run(main())
+
+
+def test_two_connections_on_one_socket_share_its_sink(loop: asyncio.Runner) -> None:
+    async def main() -> None:
+        w = await wire()
+        again: list[int] = []
+        sink = w.protocol.attach(lambda code, reason: again.append(code), 1000, 10.0)
+        assert sink is w.protocol._sink
+        w.protocol.pause_writing()
+        w.protocol.opened()  # must not let out what is held back
+        assert not sink.flowing
+        w.protocol.resume_writing()
+        w.protocol.data_received(close_frame(4000))
+        w.end()
+        assert w.closed == again == [4000]
+
+    loop.run(main())
+
+
+def test_sending_after_we_closed_is_the_clients_going_not_the_applications_fault(
+    loop: asyncio.Runner,
+) -> None:
+    outcomes: list[str] = []
+
+    async def sends(scope: Any, receive: Any, send: Any) -> None:
+        websocket = WebSocket(scope, receive, send)
+        await websocket.accept()
+        await gate.wait()
+        try:
+            await websocket.send_text("too late")
+        except WebSocketDisconnect:
+            outcomes.append("disconnect")
+
+    async def main() -> None:
+        ends: list[Callable[[Wire], None]] = [
+            lambda w: w.protocol.drain(1012),
+            lambda w: w.protocol.data_received(frame(TEXT, b"\xff")),
+        ]
+        for end in ends:
+            gate.clear()
+            w = await wire(sends)
+            end(w)
+            gate.set()
+            await asyncio.wait(w.protocol.tasks, timeout=5.0)
+            w.end()
+        assert outcomes == ["disconnect"] * 2
+
+    gate = asyncio.Event()
     loop.run(main())
