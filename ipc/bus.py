@@ -35,6 +35,9 @@ POLL = 0.002
 JOIN_BOUND = 1.8
 """Seconds after which the bus is ready even if a peer has not answered: what is for it waits in the outbox."""
 LEAVE_BOUND = 2.0
+"""Seconds without any progress after which a leaving peer gives up on what others have not processed."""
+LONGEST_LEAVE = 10.0
+_LOOK_AGAIN = 0.01
 STALE_HEARTBEAT = 1.0
 """Seconds without a heartbeat after which nobody waits for a peer at join and leave."""
 FLUSH_BYTES = 1024 * 1024
@@ -77,6 +80,7 @@ class Bus:
         self.interest = OwnInterest(board.memory, board.map_offset(slot), self._record.touch)
         self._turn: list[tuple[Envelope, bytes | None]] = []
         self._turn_bytes = 0
+        self._flush_at = min(FLUSH_BYTES, max(backlog, wire.BATCH_TARGET))
         self._flush_scheduled = False
         self._read_scheduled = False
         self._poll_timer: asyncio.TimerHandle | None = None
@@ -113,7 +117,10 @@ class Bus:
                 logger.warning("joined without an answer of peer %d.%d", *link.key)
 
     async def stop(self) -> None:
-        """Leave: see that nothing is lost that can be kept, then close. Bounded; may be called twice."""
+        """Leave: see that nothing is lost that can be kept, then close. May be called twice.
+
+        Takes milliseconds; while others are behind but move, up to :data:`LONGEST_LEAVE` seconds.
+        """
         if not self._open or self._leaving:
             return
         self._leaving = True
@@ -123,18 +130,24 @@ class Bus:
             if link.ready:
                 self.outbound.control(link, FrameKind.BYE)
         self.outbound.after_sending()
-        await self._until(self._all_parted, LEAVE_BOUND)
+        longest = time.monotonic() + LONGEST_LEAVE
+        progress = -1
+        while progress != (progress := self.outbound.processed_bytes) and time.monotonic() < longest:
+            if await self._until(self._all_parted, LEAVE_BOUND):
+                break
         self.close()
 
-    async def _until(self, done: Callable[[], bool], bound: float) -> None:
+    async def _until(self, done: Callable[[], bool], bound: float) -> bool:
         """Wait until ``done``, looking again after each event of the mesh and every few milliseconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(bound):
-                while not done():
-                    self._changed.clear()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(0.01):
-                            await self._changed.wait()
+        deadline = time.monotonic() + bound
+        while not done():
+            if time.monotonic() > deadline:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN):
+                    await self._changed.wait()
+        return True
 
     def _all_greeted(self) -> bool:
         self.outbound.refresh()
@@ -151,8 +164,9 @@ class Bus:
         )
 
     def _excused(self, link: Link) -> bool:
+        """Nobody waits for who stands still: its credit does not move, or it owes nothing and its heart is still."""
         heartbeat = self._runtime.board.record(link.slot).heartbeat
-        return link.stalled or time.monotonic_ns() - heartbeat > STALE_HEARTBEAT * 1e9
+        return link.stalled or (link.idle and time.monotonic_ns() - heartbeat > STALE_HEARTBEAT * 1e9)
 
     def close(self) -> None:
         """Close sockets and timers at once; what is under way to others then counts as dropped."""
@@ -191,7 +205,7 @@ class Bus:
         else:
             self._turn.append((envelope, None))
         self._turn_bytes += len(envelope.data) + _ENVELOPE_COST
-        if self._turn_bytes > FLUSH_BYTES:
+        if self._turn_bytes > self._flush_at:
             self._flush()
         elif not self._flush_scheduled:
             self._flush_scheduled = True
@@ -214,12 +228,13 @@ class Bus:
     def _watch(self) -> None:
         """Something waits in an outbox: judge the congestion, look at the credits soon."""
         self._judge()
-        if self._poll_timer is None and self.outbound.queued and self._open:
+        if self._poll_timer is None and self.outbound.urgent and self._open:
             self._poll_timer = self._loop.call_later(POLL, self._poll)
 
     def _poll(self) -> None:
         self._poll_timer = None
         self.outbound.poll(time.monotonic())
+        self._part_with_leavers()
         self._watch()
 
     def _judge(self) -> None:
@@ -297,7 +312,7 @@ class Bus:
         elif header.kind == FrameKind.BYE:
             link.owes_bye = True
             self._flush()
-            self._part(link)
+            self._part_with_leavers()
         elif header.kind == FrameKind.BYE_ACK:
             link.bye_answered = True
         self._changed.set()
@@ -309,12 +324,13 @@ class Bus:
         else:
             link.owes_hello = True
 
-    def _part(self, link: Link) -> None:
-        """Answer a BYE as soon as nothing of ours waits for the one who leaves."""
-        if link.owes_bye and link.ready and not link.outbox:
-            link.owes_bye = False
-            self.outbound.control(link, FrameKind.BYE_ACK)
-            self.outbound.after_sending()
+    def _part_with_leavers(self) -> None:
+        """Answer each BYE as soon as nothing of ours waits for the one who leaves."""
+        for link in self.outbound.links.values():
+            if link.owes_bye and link.ready and not link.outbox:
+                link.owes_bye = False
+                self.outbound.control(link, FrameKind.BYE_ACK)
+        self.outbound.after_sending()
 
     def _tick(self) -> None:
         if not self._open:
@@ -324,8 +340,7 @@ class Bus:
         self._record.beat()
         self._runtime.reap_dead()
         self.outbound.tick(time.monotonic())
-        for link in tuple(self.outbound.links.values()):
-            self._part(link)
+        self._part_with_leavers()
         self._watch()
         self._changed.set()
         self._check_directory()

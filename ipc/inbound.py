@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 
 import zmq
@@ -25,6 +26,8 @@ Deliver = Callable[[list[Envelope]], None]
 BATCHES_A_TURN = 256
 BYTES_A_TURN = 1024 * 1024
 """After so many bytes the loop gets its turn, however few the batches."""
+SECONDS_A_TURN = 0.01
+"""Or after so long, however few the bytes."""
 _MAX_ZMQ_MESSAGE = 4 * wire.MAX_FRAME
 """Beyond this ZeroMQ itself cuts the sender off, before it has all in memory."""
 _COMPLAINTS = 1024
@@ -95,6 +98,7 @@ class Inbound:
         if not self._readable():
             return False
         size = len(message)
+        end = time.monotonic() + SECONDS_A_TURN
         for _ in range(BATCHES_A_TURN - 1):
             try:
                 message = receive(_DONTWAIT)
@@ -102,7 +106,7 @@ class Inbound:
                 return False
             self._take_in(message)
             size += len(message)
-            if size > BYTES_A_TURN:
+            if size > BYTES_A_TURN or time.monotonic() > end:
                 break
         return True
 

@@ -138,12 +138,11 @@ class Outbound:
             return
         fence()
         self._routes.clear()
-        seen, self._seen = self._seen, words
-        if _without_versions(words) == _without_versions(seen):
-            return
-        members = {key for key in self._board.live_full_slots() if key[0] != self._slot}
-        if members == self._members:
-            return
+        if _without_versions(words) != _without_versions(self._seen):
+            self._meet({key for key in self._board.live_full_slots() if key[0] != self._slot})
+        self._seen = words
+
+    def _meet(self, members: set[Key]) -> None:
         for key in self._members - members:
             self._forget(self.links[key])
         for slot, epoch in members - self._members:
@@ -202,7 +201,7 @@ class Outbound:
 
     # -- where to --------------------------------------------------------------------------------------------------
 
-    def route(self, envelope: Envelope) -> Iterable[Link]:
+    def route(self, envelope: Envelope) -> tuple[Link, ...]:
         """The peers that an envelope concerns, each once; true as long as :meth:`refresh` finds nothing new."""
         if envelope.kind == wire.TOPIC:
             key = (envelope.channel, envelope.topic)
@@ -246,16 +245,21 @@ class Outbound:
         """Send envelopes (with their encoded form, when there is one yet) to whom they concern, in this order."""
         self.refresh()
         touched: dict[Key, Link] = {}
+        known = self._routes.get
         for envelope, encoded in entries:
-            links = self.route(envelope)
+            # The usual case, without a call.
+            links = known((envelope.channel, envelope.topic)) if envelope.kind == wire.TOPIC else None
+            if links is None:
+                links = self.route(envelope)
             if not links:
                 continue
             if encoded is None:
                 encoded = wire.encode(envelope)
             for link in links:
-                if not link.turn:
+                turn = link.turn
+                if not turn:
                     touched[link.slot, link.epoch] = link
-                link.turn.append(encoded)
+                turn.append(encoded)
         for link in touched.values():
             self.give_turn(link)
         self.after_sending()
@@ -331,13 +335,23 @@ class Outbound:
 
     @property
     def queued(self) -> bool:
-        """Something waits in an outbox: look at the credits soon."""
+        """Something waits in an outbox."""
         return bool(self._queued)
+
+    @property
+    def urgent(self) -> bool:
+        """Something waits for a peer that moves: look at the credits soon. For the others a tick is soon enough."""
+        return any(not link.stalled for link in self._queued.values())
 
     @property
     def queued_bytes(self) -> int:
         """Bytes in all outboxes."""
         return sum(link.outbox_bytes for link in self._queued.values())
+
+    @property
+    def processed_bytes(self) -> int:
+        """What all that are there have processed of ours; grows as long as any of them moves."""
+        return sum(link.acked for link in self.links.values())
 
     @property
     def fullest(self) -> int:

@@ -219,7 +219,8 @@ class Peer:
     async def close(self) -> None:
         """Leave the hub when the last user of this peer has closed it.
 
-        What was published arrives, unless a peer stands still; bounded by two seconds.
+        What was published arrives, unless a peer stands still. Takes milliseconds; two seconds when a peer does not
+        move, and up to ten when one is far behind.
         """
         self._users -= 1
         if self._users > 0:

@@ -33,7 +33,18 @@ class Backlog:
         joins: whether what is not to be dropped may be joined, for a stream of bytes rather than of messages.
     """
 
-    __slots__ = ("_droppable", "_items", "_joins", "_newest", "_next", "_tail", "dropped", "limit", "size")
+    __slots__ = (
+        "_droppable",
+        "_items",
+        "_joins",
+        "_newest",
+        "_next",
+        "_tail",
+        "dropped",
+        "kept",
+        "limit",
+        "size",
+    )
 
     def __init__(self, limit: int, *, joins: bool = False) -> None:
         self._items: OrderedDict[int, Waiting] = OrderedDict()
@@ -46,6 +57,8 @@ class Backlog:
         self.limit = limit
         self.size = 0
         self.dropped = 0
+        #: How many wait that may not be dropped.
+        self.kept = 0
 
     def __len__(self) -> int:
         return len(self._items)
@@ -77,7 +90,9 @@ class Backlog:
     def pop(self) -> Waiting:
         """Take out the oldest; its bytes count as waiting until :meth:`gone`."""
         key, item = self._items.popitem(last=False)
-        if self._newest.get(item.topic) == key:
+        if item.policy == "close":
+            self.kept -= 1
+        elif self._newest.get(item.topic) == key:
             del self._newest[item.topic]
         if not self._items:
             self._tail = None
@@ -95,7 +110,7 @@ class Backlog:
         self._droppable.clear()
         self._newest.clear()
         self._tail = None
-        self.size = 0
+        self.size = self.kept = 0
         return data
 
     def _append(self, item: Waiting) -> None:
@@ -113,6 +128,8 @@ class Backlog:
         self._items[self._next] = item
         self._next += 1
         self.size += len(item.data)
+        if item.policy == "close":
+            self.kept += 1
 
     def _drop(self, key: int) -> None:
         item = self._items.pop(key, None)

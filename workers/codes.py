@@ -57,6 +57,19 @@ class Close(NamedTuple):
     reason: str
 
 
+def closing(code: int, reason: str) -> Close:
+    """What to put into a close frame: the code, and as much of the reason as fits.
+
+    Raises:
+        ValueError: the code may not be sent (RFC 6455, section 7.4).
+    """
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise ValueError(
+            f"{code!r} is no code to close with: use 1000 to 1003, 1007 to 1014, or 3000 to 4999"
+        )
+    return Close(code, reason.encode(errors="replace")[:MAX_REASON_BYTES].decode(errors="ignore"))
+
+
 # RFC 6455, section 7.4.1, and IANA's registry.
 NORMAL: Final = Close(1000, "")
 GOING_AWAY: Final = Close(1001, "the hub is stopping")

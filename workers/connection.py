@@ -52,12 +52,20 @@ class Owner(Protocol):
 
 def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
     """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
-    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
-    if not isinstance(protocol, WebSocketProtocol):
-        return None
-    if websocket._receive != protocol.receive or _innermost(websocket._send) != protocol.send:
+    protocol = protocol_beneath(websocket)
+    if (
+        protocol is None
+        or websocket._receive != protocol.receive
+        or _innermost(websocket._send) != protocol.send
+    ):
         return None
     return protocol
+
+
+def protocol_beneath(websocket: WebSocket) -> WebSocketProtocol | None:
+    """The protocol object of our own server, whatever has been wrapped around it."""
+    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
+    return protocol if isinstance(protocol, WebSocketProtocol) else None
 
 
 def _innermost(send: Any) -> Any:
@@ -192,6 +200,9 @@ class Connection:
             self._sink = self._protocol.attach(self._on_gone, max_backlog, write_timeout)
         else:
             self._sink = AsgiSink(self.websocket, fanout, max_backlog, write_timeout, self._on_gone)
+            beneath = protocol_beneath(self.websocket)
+            if beneath is not None:
+                beneath.tell_end(self._on_gone)
         self._target = (self._sink,)
 
     async def accept(
@@ -215,10 +226,11 @@ class Connection:
         Raises:
             ValueError: no code to close with (RFC 6455 section 7.4).
         """
+        code, reason = codes.closing(code, reason or "")
         state = self.websocket.application_state
         if self._protocol is not None and state is not WebSocketState.CONNECTING:
             if state is WebSocketState.CONNECTED:
-                self._protocol.close(code, reason or "")
+                self._protocol.close(code, reason)
                 self.websocket.application_state = WebSocketState.DISCONNECTED
             return
         if isinstance(self._sink, AsgiSink):
@@ -235,7 +247,7 @@ class Connection:
                     await self.websocket.close(code, reason)
             except (RuntimeError, WebSocketDisconnect, OSError, TimeoutError) as exc:
                 logger.debug("close of a connection that was already gone: %r", exc)
-        self._on_gone(code, reason or "")
+        self._on_gone(code, reason)
 
     def close_soon(self, code: int, reason: str) -> None:
         """As :meth:`close`, for callers that cannot wait; before :meth:`accept` it waits for that."""
@@ -317,6 +329,8 @@ class Connection:
     async def _ready(self, sink: AnySink) -> None:
         if not sink.flowing:
             await sink.writable()
+        elif sink.fanout.crowded:
+            await asyncio.sleep(0)  # an endpoint that only sends leaves the loop to others
         if sink.closed:
             raise WebSocketDisconnect(*(self._gone or (1006, "")))
 
@@ -437,7 +451,7 @@ class Connection:
             payload, is_text = await self.receive_raw()
             if not is_text:
                 await self.close(*codes.UNSUPPORTED_DATA)
-                continue
+                raise WebSocketDisconnect(*codes.UNSUPPORTED_DATA)
             try:
                 value = jsontext.decode(payload)
             except jsontext.NotJson as exc:

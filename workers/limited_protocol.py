@@ -9,7 +9,10 @@ before the handshake are in ``workers/http_protocol.py``.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import struct
+import termios
 from asyncio.transports import BaseTransport
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,11 +22,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
-from websockets.exceptions import InvalidState, ProtocolError
+from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 
-from workers.codes import MAX_REASON_BYTES
+from workers.codes import closing
 from workers.fanout import current_fanout
 
 logger = logging.getLogger("workers")
@@ -41,6 +44,9 @@ SLICE: Final = 8 * 1024
 HOLD_BUS: Final = 1
 HOLD_INBOX: Final = 2
 HOLD_PONGS: Final = 4
+
+
+_int: Final = struct.Struct("i")
 
 
 class LimitedProtocol(WebSocketsSansIOProtocol):
@@ -89,7 +95,7 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client has not yet taken what it was sent, and somebody watches that it does."""
+        """Whether the client is taking what it was sent before our ping, if slowly."""
         return False
 
     # --- holding back -----------------------------------------------------------------------------------
@@ -229,6 +235,18 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         """Whole frames, now."""
         self.transport.write(data)
 
+    def unsent(self) -> int:
+        """Bytes that the client's kernel has not taken: in our buffer, and in our kernel's.
+
+        Ours alone would not do: the kernel asks for more only when a third of its own is free.
+        """
+        waiting = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            (queued,) = _int.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _int.pack(0)))
+            waiting += queued
+        return waiting
+
     async def send(self, message: Any) -> None:
         if self.close_sent and self.handshake_complete and not self._app_closed:
             raise ClientDisconnected  # it is we who closed; the application could not know
@@ -252,11 +270,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         if not self.handshake_complete:
             self.transport.close()
             return
-        reason = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+        code, reason = closing(code, reason)
         try:
             self.conn.send_close(code, reason)
-        except ProtocolError as exc:
-            raise ValueError(f"{code!r} is no code to close a connection with: {exc}") from None
         except InvalidState:
             self.transport.close()
             return

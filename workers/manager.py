@@ -22,7 +22,7 @@ from ipc.rules import Rules
 from ipc.topics import InvalidTopic, check_topic, is_pattern, prefix_run
 from workers import jsontext
 from workers.broker_interface import BrokerInterface, is_valid_broker
-from workers.brokers import IpcBroker, create_broker
+from workers.brokers import InMemoryBroker, IpcBroker, create_broker
 from workers.codes import SERVICE_RESTART, ErrorCode
 from workers.connection import Connection, check_conn_id
 from workers.context import current_settings
@@ -387,7 +387,7 @@ class WebSocketManager:
 
     def _publish(self, envelope: Envelope, local: bool) -> Accepted:
         if not self._started:
-            if local or not isinstance(self.broker, IpcBroker):
+            if local or isinstance(self.broker, InMemoryBroker):
                 self._deliver([envelope])
                 return DONE
             raise RuntimeError("this manager is not started; call await manager.startup() first")

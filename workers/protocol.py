@@ -64,18 +64,23 @@ class WebSocketProtocol(LimitedProtocol):
         ``on_closed`` is called once with the close code and reason when the connection is over: the client is gone,
         or our close frame is on its way. A second connection on the same socket shares the sink.
         """
-        earlier = self._on_closed
-        if earlier is not None and self._sink is not None:
-
-            def both(code: int, reason: str) -> None:
-                earlier(code, reason)
-                on_closed(code, reason)
-
-            self._on_closed = both
-            return self._sink
-        self._sink = SocketSink(self, current_fanout(), max_backlog, write_timeout)
-        self._on_closed = on_closed
+        self.tell_end(on_closed)
+        if self._sink is None:
+            self._sink = SocketSink(self, current_fanout(), max_backlog, write_timeout)
         return self._sink
+
+    def tell_end(self, on_closed: Closed) -> None:
+        """Call ``on_closed`` as :meth:`attach` does, without taking the outgoing side."""
+        earlier = self._on_closed
+        if earlier is None:
+            self._on_closed = on_closed
+            return
+
+        def both(code: int, reason: str) -> None:
+            earlier(code, reason)
+            on_closed(code, reason)
+
+        self._on_closed = both
 
     def opened(self) -> None:
         """After accept: the sink may write, and knows from ``pause_writing`` at once what the kernel did not take."""
@@ -216,7 +221,7 @@ class WebSocketProtocol(LimitedProtocol):
 
     @property
     def is_behind(self) -> bool:
-        return self._sink is not None and not self._sink.flowing
+        return self._sink is not None and self._sink.progressing
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from workers.backlog import Backlog as Backlog
 from workers.backlog import Waiting as Waiting
-from workers.fanout import Fanout, Run, text_frame
+from workers.fanout import Fanout, Run, SlowPolicy, text_frame
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -40,6 +40,7 @@ class SocketSink:
         "_backlog",
         "_progress",
         "_protocol",
+        "_stuck",
         "_waiters",
         "closed",
         "fanout",
@@ -57,6 +58,8 @@ class SocketSink:
         # A backlog exists while the client is held (before accept) or blocked; None means "write at once".
         self._backlog: Backlog | None = Backlog(max_backlog, joins=True)
         self._progress = (0.0, 0)
+        # The policy of what the transport holds, which can no more be dropped.
+        self._stuck: SlowPolicy = "close"
         self._waiters: list[asyncio.Future[None]] | None = None
         self.pending: list[Run] | None = None
         self.closed = False
@@ -78,6 +81,7 @@ class SocketSink:
         if self._backlog is None:
             if not self.closed:
                 self._protocol.write(run.joined())
+                self._stuck = run.policy
         else:
             self._wait(run)
 
@@ -85,6 +89,7 @@ class SocketSink:
         if self._backlog is None:
             if not self.closed:
                 self._protocol.write(b"".join([run.joined() for run in runs]))
+                self._stuck = next((run.policy for run in runs if run.policy == "close"), runs[0].policy)
         else:
             for run in runs:
                 self._wait(run)
@@ -94,12 +99,19 @@ class SocketSink:
         """True while nothing waits: what is sent leaves at once."""
         return self._backlog is None
 
+    @property
+    def progressing(self) -> bool:
+        """True while something waits and the client takes it, if slowly."""
+        since, _ = self._progress
+        return self._backlog is not None and asyncio.get_running_loop().time() - since < self.write_timeout
+
     def push(self, payload: bytes) -> None:
         """One text message, before anything that this turn of the loop still owes."""
         frame = text_frame(payload)
         if self._backlog is None:
             if not self.closed:
                 self._protocol.write(frame)
+                self._stuck = "close"
         else:
             self._add(Waiting(frame))
 
@@ -124,10 +136,7 @@ class SocketSink:
         """The transport holds bytes that the kernel did not take."""
         if self._backlog is None and not self.closed:
             self._backlog = Backlog(self.max_backlog, joins=True)
-            self._progress = (
-                asyncio.get_running_loop().time(),
-                self._protocol.transport.get_write_buffer_size(),
-            )
+            self._progress = (asyncio.get_running_loop().time(), self._protocol.unsent())
             self.fanout.watch(self)
 
     def unblocked(self) -> None:
@@ -139,6 +148,7 @@ class SocketSink:
         if self.closed:
             return
         if backlog:
+            self._stuck = "close" if backlog.kept else "drop_oldest"
             self._protocol.write(b"".join(backlog.take()))
         if self._backlog is None:
             self.fanout.unwatch(self)
@@ -147,13 +157,14 @@ class SocketSink:
     def overdue(self, now: float) -> bool:
         if self.closed or self._backlog is None:
             return False
-        left = self._protocol.transport.get_write_buffer_size()
+        left = self._protocol.unsent()
         since, before = self._progress
         if left < before:
             self._progress = (now, left)
-        elif left > before:
-            self._progress = (since, left)  # our pings and pongs: nothing has left
-        if left >= before and now - since >= self.write_timeout:
+            return True
+        self._progress = (since, left)  # what came on top is our pings and pongs
+        # What may be dropped may also wait; if the client is dead, it does not answer pings either.
+        if (self._backlog.kept or self._stuck == "close") and now - since >= self.write_timeout:
             self._close_slow(f"nothing left for {self.write_timeout:g} s")
             return False
         return True
@@ -200,6 +211,7 @@ class AsgiSink:
         "__weakref__",
         "_backlog",
         "_closing",
+        "_current",
         "_held",
         "_on_gone",
         "_since",
@@ -228,6 +240,7 @@ class AsgiSink:
         self._held = True
         self._task: asyncio.Task[None] | None = None
         self._since = 0.0
+        self._current: SlowPolicy = "close"
         self._waiters: list[asyncio.Future[None]] | None = None
         self._on_gone = on_gone
         self._closing = False
@@ -288,6 +301,7 @@ class AsgiSink:
         try:
             while self._backlog and not self.closed:
                 item = self._backlog.pop()
+                self._current = item.policy
                 await self._websocket.send_text(item.data.decode())
                 self._backlog.gone(item)
                 self._since = asyncio.get_running_loop().time()
@@ -301,7 +315,7 @@ class AsgiSink:
     def overdue(self, now: float) -> bool:
         if self.closed or self._task is None or self._task.done():
             return False
-        if now - self._since >= self.write_timeout:
+        if (self._backlog.kept or self._current == "close") and now - self._since >= self.write_timeout:
             self._close_slow(f"nothing left for {self.write_timeout:g} s")
             return False
         return True

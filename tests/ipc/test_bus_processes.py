@@ -195,6 +195,16 @@ def test_leaving_in_order_drops_nothing_however_busy_the_others(tmp_path: Path) 
         assert totals[Counter.BUS_SENT] == totals[Counter.BUS_RECEIVED]
 
 
+def test_who_leaves_waits_for_those_who_are_behind_but_move(tmp_path: Path) -> None:
+    with actors(tmp_path / "hub", 2) as (a, b):
+        b.want("t")
+        b.ask("delay", seconds=0.001)
+        a.ask("publish", topics=["t"], count=3_000, size=2_000)
+        assert 2 < a.ask("leave")["seconds"] < 10
+        arrived([b], 3_000)
+        assert read_sums(tmp_path / "hub")[Counter.BUS_DROPPED] == 0
+
+
 def test_interest_churn_in_one_process_is_seen_by_the_others_at_once(tmp_path: Path) -> None:
     with actors(tmp_path / "hub", 2) as (a, b):
         for number in range(200):

@@ -14,7 +14,7 @@ from ipc import store_reader, store_writer
 from ipc.store import Entry, Retention, Store, StoredEntry
 from tests.ipc.store_model import Model, ModelEntry
 
-CHANNELS = ["hub", "other"]
+CHANNELS = ["hub", "hub", "hub", "other"]
 TOPICS = ["a", "a/b", "a/b/c", "a/c", "b", "b/x", "$s/a", "ä/€"]
 # Each topic its rule; the windows of more than 128 are kept in pieces.
 RULES = {
@@ -83,12 +83,15 @@ class StoreMachine(RuleBasedStateMachine):
             assert (position.offset, position.previous) == (expected.offset, expected.previous)
             assert not position.duplicate
 
-    @rule(seconds=st.sampled_from([0.001, 1.0, 9.0, 10.0, 11.0, 49.0, 200.0, 4 * 86_400.0]))
+    @rule(seconds=st.sampled_from([0.001, 1.0, 9.0, 10.0, 11.0, 49.0, 200.0, 3.5 * 86_400.0, 8 * 86_400.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(channel=channels, topic=topics)
-    def clear(self, channel: str, topic: str) -> None:
+    @precondition(lambda self: self.model.topics)
+    @rule(which=st.integers(0, 100))
+    def clear(self, which: int) -> None:
+        names = list(self.model.topics)
+        channel, topic = names[which % len(names)]
         self.store.clear(channel, topic)
         self.model.clear(channel, topic, self.now)
 
@@ -112,7 +115,20 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(wanted=patterns, channel=channels, back=st.integers(0, 1000))
     def recover(self, wanted: list[str], channel: str, back: int) -> None:
-        offset = max(0, self.model.top - back)
+        self._recover(channel, wanted, max(0, self.model.top - back))
+
+    @rule(which=st.integers(0, 20))
+    def recover_at_every_edge(self, which: int) -> None:
+        edges = {0, self.model.top, self.model.top // 2, self.model.floor}
+        for topic in self.model.topics.values():
+            edges |= {topic.trimmed, topic.trimmed_now(self.now), topic.top}
+        edges |= {edge - 1 for edge in edges} | {edge + 1 for edge in edges}
+        for place, offset in enumerate(sorted(edges)):
+            if 0 <= offset <= self.model.top + 1:
+                for pattern in PATTERNS[(which + place) % 3 :: 3]:
+                    self._recover("hub", [pattern], offset)
+
+    def _recover(self, channel: str, wanted: list[str], offset: int) -> None:
         recovery = self.store.recover(channel, wanted, self.store.epoch, offset)
         recovered, entries = self.model.recover(channel, wanted, offset, self.now)
         assert recovery.recovered == recovered
@@ -169,6 +185,18 @@ class StoreMachine(RuleBasedStateMachine):
         assert _stored(list(page.entries)) == _plain(kept)
         assert page.top == self.model.top
         assert page.topic_top == (known.top if known is not None else 0)
+
+    @rule()
+    def page_at_every_edge(self) -> None:
+        for (channel, topic), known in self.model.topics.items():
+            kept = known.fresh(self.now)
+            for place in {0, len(kept) // 3, len(kept) - 65, len(kept) - 2}:
+                if 0 <= place < len(kept):
+                    since = (self.store.epoch, kept[place].offset)
+                    after = self.store.history(channel, topic, 3, since)
+                    assert _stored(list(after.entries)) == _plain(kept[place + 1 : place + 4])
+                    before = self.store.history(channel, topic, -1, since, True)
+                    assert _stored(list(before.entries)) == _plain(kept[:place][::-1][:300])
 
     @rule(back=st.integers(0, 400), limit=st.integers(1, 100))
     def read_log(self, back: int, limit: int) -> None:

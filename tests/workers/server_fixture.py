@@ -181,11 +181,12 @@ class RawClient:
         return payload.decode()
 
     async def close_code(self) -> int:
-        """The code of the server's close frame, whatever comes before it; its TCP end must follow."""
+        """The code of the server's close frame, whatever comes before it; answered, it must be the last thing."""
         while True:
             opcode, payload = await self.read()
             if opcode == CLOSE:
                 break
+        self.writer.write(frame(CLOSE, payload[:2]))
         with contextlib.suppress(ConnectionError):
             assert await self.reader.read() == b""  # nothing may follow a close frame
         return int.from_bytes(payload[:2], "big") if payload else 1005
