@@ -1,4 +1,4 @@
-"""uvicorn's WebSocket protocol with the limits and endings that every connection needs, whoever serves it.
+"""uvicorn's WebSocket protocol with a lean handshake, and the limits and endings that every connection needs.
 
 The socket side of a connection, beneath ``workers/protocol.py``, which adds the fast path. ``websockets``' sans-I/O
 parser reads the frames here. Bounds that uvicorn has not: fragments of a message, bytes of pongs for a client that
@@ -10,20 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from asyncio.transports import BaseTransport
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Any, Final, Literal, cast
+from urllib.parse import unquote
 
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import Config
-from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.utils import (
+    ClientDisconnected,
+    get_local_addr,
+    get_path_with_query_string,
+    get_remote_addr,
+    is_ssl,
+)
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.exceptions import InvalidState, ProtocolError
 from websockets.frames import Frame, Opcode
-from websockets.http11 import Request
+from websockets.protocol import OPEN, SERVER, Protocol
 
+from workers import handshake
 from workers.codes import MAX_REASON_BYTES
+from workers.deadlines import Deadlines
 from workers.fanout import current_fanout
 
 logger = logging.getLogger("workers")
@@ -44,7 +54,40 @@ HOLD_PONGS: Final = 4
 
 
 class LimitedProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's sans-I/O WebSocket protocol with limits, and a clean end in all cases."""
+    """uvicorn's sans-I/O WebSocket protocol with limits, a lean handshake, and a clean end in all cases.
+
+    What uvicorn makes for each connection and an idle one never needs (parser, queue, events, timers) is made when it
+    is first asked for: most of an idle connection's memory, and of what it costs to connect.
+    """
+
+    logger = logging.getLogger("uvicorn.error")
+    transport: asyncio.Transport
+    server: tuple[str, int | None] | None = None
+    client: tuple[str, int] | None = None
+    handshake_initiated = False
+    handshake_complete = False
+    close_sent = False
+    disconnected = False
+    close_timer = None
+    initial_response = None
+    read_paused = False
+    pending_ping_payload = None
+    ping_sent_at = 0.0
+    curr_msg_data_type: Literal["text", "bytes"] = "bytes"
+    _conn: Protocol | None = None
+    _queue: asyncio.Queue[Any] | None = None
+    _writable: asyncio.Event | None = None
+    _key = b""
+    _connect_told = False
+    _fragments: bytearray | None = None
+    _fragment_count = 0
+    _parsing = False
+    _failed = False
+    _holds = 0
+    _released_at = 0.0
+    _app_closed = False
+    _close: tuple[int, str] | None = None
+    _abort_timer: asyncio.TimerHandle | None = None
 
     def __init__(
         self,
@@ -53,20 +96,145 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.close_timeout = CLOSE_TIMEOUT
+        # Not uvicorn's own: see above. What it would set is a default of the class or a property.
+        self.config = config
+        self.app = config.loaded_app
+        self.loop = _loop or asyncio.get_running_loop()
+        self.app_state = app_state
+        self.server_state = server_state
         self._traffic = current_fanout()
-        self._changed: Callable[[], None] = getattr(server_state, "changed", nothing)
-        self._max_fragments = FREE_FRAGMENTS + config.ws_max_size // 64
-        self._fragments = bytearray()
-        self._fragment_count = 0
-        self._parsing = True
-        self._failed = False
-        self._holds = 0
-        self._released_at = 0.0
-        self._app_closed = False
-        self._close: tuple[int, str] | None = None
-        self._abort_timer: asyncio.TimerHandle | None = None
+        self._keepalive = keepalive_of(server_state, config, self.loop)
+
+    # What uvicorn's methods expect to find.
+
+    @property
+    def connections(self) -> set[Any]:  # type: ignore[override]
+        """All connections of this server."""
+        return self.server_state.connections
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:  # type: ignore[override]
+        """All tasks of this server's applications."""
+        return self.server_state.tasks
+
+    @property
+    def conn(self) -> Protocol:  # type: ignore[override]
+        """The parser, and the writer of control frames."""
+        if self._conn is None:
+            self._conn = Protocol(SERVER, state=OPEN, max_size=self.config.ws_max_size, logger=self.logger)
+        return self._conn
+
+    @property
+    def queue(self) -> asyncio.Queue[Any]:  # type: ignore[override]
+        """What the ASGI application will receive."""
+        if self._queue is None:
+            self._queue = asyncio.Queue()
+        return self._queue
+
+    @property
+    def writable(self) -> asyncio.Event:  # type: ignore[override]
+        """Whether the transport takes more from the ASGI application."""
+        if self._writable is None:
+            self._writable = asyncio.Event()
+            self._writable.set()
+        return self._writable
+
+    @property
+    def close_timeout(self) -> float:  # type: ignore[override]
+        """Seconds a closing client has to answer."""
+        return CLOSE_TIMEOUT
+
+    def _changed(self) -> None:
+        changed = getattr(self.server_state, "changed", None)
+        if changed is not None:
+            changed()
+
+    # --- the handshake ----------------------------------------------------------------------------------
+
+    def begin(self, method: str, http_version: str, target: bytes, headers: handshake.HeaderList) -> None:
+        """A request to upgrade has been read: start the application, or refuse."""
+        self.handshake_initiated = True
+        key = handshake.check(method, http_version, headers)
+        if isinstance(key, handshake.Refusal):
+            self._refuse(key.status, key.headers, key.words.encode())
+            return
+        self._key = key
+        raw_path, _, query_string = target.partition(b"?")
+        path, root_path = raw_path.decode("latin-1"), self.config.root_path
+        extensions: Any = {"websocket.http.response": {}, "flockwire": self}
+        self.scope = {
+            "type": "websocket",
+            "asgi": {"version": self.config.asgi_version, "spec_version": "2.4"},
+            "http_version": "1.1",
+            "scheme": "wss" if is_ssl(self.transport) else "ws",
+            "server": get_local_addr(self.transport),
+            "client": self.client,
+            "root_path": root_path,
+            "path": root_path + (unquote(path) if "%" in path else path),
+            "raw_path": root_path.encode("ascii") + raw_path,
+            "query_string": query_string,
+            "headers": list(headers),
+            "subprotocols": _subprotocols(headers),
+            "state": self.app_state.copy(),
+            "extensions": extensions,
+        }
+        task = self.loop.create_task(self.run_asgi())
+        task.add_done_callback(self.on_task_complete)
+        self.tasks.add(task)
+
+    def forget_request(self) -> None:
+        """The application is done with the request, which would otherwise stay as long as the connection."""
+        del self.scope
+        self._key = b""
+
+    def _refuse(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        self.handshake_complete = True
+        self.close_sent = True
+        self.transport.write(handshake.http_response(status, headers, body))
+        self.transport.close()
+        self._cut_later()
+
+    def send_500_response(self) -> None:
+        if not (self.handshake_complete or self.initial_response):
+            self._refuse(500, (), b"Internal Server Error")
+
+    def _answer_handshake(self, message: Any) -> None:
+        """What the application says before it has said what becomes of the handshake."""
+        kind = message["type"]
+        if kind == "websocket.accept":
+            headers = [*self.server_state.default_headers, *message.get("headers", [])]
+            answer = handshake.accept(self._key, message.get("subprotocol"), headers)
+            if not self.transport.is_closing():
+                self.handshake_complete = True
+                self.transport.write(answer)
+                self._keepalive.pings.set(self)
+                if self.config.access_log:
+                    path = get_path_with_query_string(self.scope)
+                    self.logger.info('%s - "WebSocket %s" [accepted]', self.peer_name(), path)
+        elif kind == "websocket.close":
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
+            self._refuse(403, (), b"")
+        elif kind == "websocket.http.response.start":
+            self.initial_response = (message["status"], list(message.get("headers", [])), b"")
+        else:
+            raise RuntimeError(
+                "Expected ASGI message 'websocket.accept', 'websocket.close' or 'websocket.http.response.start', "
+                f"but got {kind!r}."
+            )
+
+    def _answer_denial(self, message: Any) -> None:
+        """The body of a refusal by the application itself."""
+        if message["type"] != "websocket.http.response.body":
+            raise RuntimeError(
+                f"Expected ASGI message 'websocket.http.response.body', but got {message['type']!r}."
+            )
+        initial: Any = self.initial_response
+        status, headers, body = initial
+        body += message.get("body", b"")
+        self.initial_response = (status, headers, body)
+        if not message.get("more_body", False):
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
+            self._refuse(status, headers, body)
 
     # For the subclass.
 
@@ -86,6 +254,11 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
     def ended(self, code: int, reason: str) -> None:
         """The connection is over, or will be once the closing handshake is done. May be called again."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether no application waits for messages any more."""
+        return False
 
     @property
     def is_behind(self) -> bool:
@@ -119,6 +292,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     async def receive(self) -> Any:
+        if not self._connect_told:
+            self._connect_told = True
+            return {"type": "websocket.connect"}
         message = await self.queue.get()
         self._released_at = self.loop.time()
         if self.read_paused and self.queue.empty():
@@ -129,7 +305,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
     # --- in ---------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: BaseTransport) -> None:
-        super().connection_made(transport)
+        self.transport = cast("asyncio.Transport", transport)
+        self.client = get_remote_addr(self.transport)
+        self.connections.add(self)
         self._traffic.connections += 1
 
     def data_received(self, data: bytes) -> None:
@@ -155,11 +333,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
     def handle_events(self) -> None:
         for event in self.conn.events_received():
-            if isinstance(event, Request):
-                self.handle_connect(event)
-            elif not isinstance(event, Frame):
-                continue  # responses are for clients
-            elif event.opcode is Opcode.TEXT:
+            if not isinstance(event, Frame):
+                continue  # requests and responses belong to the handshake
+            if event.opcode is Opcode.TEXT:
                 self.handle_text(event)
             elif event.opcode is Opcode.BINARY:
                 self.handle_bytes(event)
@@ -186,19 +362,20 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         if event.fin:
             self._message(bytes(event.data))
         else:
-            self._fragments += event.data
+            self._fragments = bytearray(event.data)
             self._fragment_count = 1
 
     def handle_cont(self, event: Frame) -> None:
         # One buffer, not a list: a flood of tiny fragments costs its bytes and no objects.
+        self._fragments = self._fragments or bytearray()
         self._fragments += event.data
         self._fragment_count += 1
         if event.fin:
             data = bytes(self._fragments)
-            self._fragments = bytearray()
+            self._fragments = None
             self._fragment_count = 0
             self._message(data)
-        elif self._fragment_count > self._max_fragments:
+        elif self._fragment_count > FREE_FRAGMENTS + self.config.ws_max_size // 64:
             self.fail(1009, "too many fragments")
 
     def _message(self, data: bytes) -> None:
@@ -232,9 +409,14 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         if self.close_sent and self.handshake_complete and not self._app_closed:
             raise ClientDisconnected  # it is we who closed; the application could not know
-        await super().send(message)
-        if self.handshake_complete:
+        if self.initial_response is not None and not self.close_sent:
+            self._answer_denial(message)
+            return
+        if not self.handshake_complete:
+            self._answer_handshake(message)
             self._changed()
+            return
+        await super().send(message)
         if message["type"] == "websocket.close" and self.close_sent:
             self._app_closed = True
             self._cut_later()
@@ -317,20 +499,54 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
             self.transport.close()
         self._cut_later()
 
+    def start_keepalive(self) -> None:
+        """A ping is due in a while."""
+        self._keepalive.pings.set(self)
+
+    def stop_keepalive(self) -> None:
+        self._keepalive.pings.clear(self)
+        self._keepalive.pongs.clear(self)
+
+    def ping(self) -> None:
+        """Ask whether the client still lives (RFC 6455 section 5.5.2)."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        payload = random.randbytes(4)
+        self.pending_ping_payload = payload
+        self.ping_sent_at = self.loop.time()
+        self.transport.write(b"\x89\x04" + payload)
+        if self._keepalive.pongs.seconds:
+            self._keepalive.pongs.set(self)
+        else:
+            self._keepalive.pings.set(self)
+
+    def handle_pong(self, event: Frame) -> None:
+        self.pong(bytes(event.data))
+
+    def pong(self, payload: bytes) -> None:
+        """The client lives, if this answers our ping; any other pong means nothing."""
+        if payload == self.pending_ping_payload:
+            self.pending_ping_payload = None
+            self._keepalive.pongs.clear(self)
+            self._keepalive.pings.set(self)
+
     def keepalive_timeout(self) -> None:
         """No pong in time. The deadline stands still while it is we who do not read, or what the client was sent
         before our ping is still on its way; then the write deadline judges it."""
-        if self._holds & ~HOLD_PONGS or self.read_paused or self.is_behind:
-            self.pong_timer = self.loop.call_later(self.ping_timeout or 1.0, self.keepalive_timeout)
-            return
+        timeout = self._keepalive.pongs.seconds
+        excused = self._holds & ~HOLD_PONGS or self.read_paused or self.is_behind
         quiet = self.loop.time() - max(self._released_at, self.ping_sent_at)
-        if self.ping_timeout is not None and quiet < self.ping_timeout * 0.99:
-            self.pong_timer = self.loop.call_later(self.ping_timeout - quiet, self.keepalive_timeout)
-            return
-        self._close = self._close or (1011, "keepalive ping timeout")
-        self.ended(*self._close)
-        super().keepalive_timeout()
-        self._cut_later()
+        if excused or quiet < timeout * 0.99:
+            self._keepalive.pongs.set(self)
+        elif not (self.close_sent or self.transport.is_closing()):
+            self._failed = True
+            self._close = self._close or (1011, "keepalive ping timeout")
+            self.conn.fail(*self._close)
+            self.ended(*self._close)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+            self.transport.close()
+            self._cut_later()
 
     def drain(self, code: int) -> None:
         """The worker is going: end this connection with ``code`` (1001 stop, 1012 replaced)."""
@@ -350,7 +566,17 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
-        super().connection_lost(exc)
+        self.stop_keepalive()
+        if self._queue is not None or not self.handshake_complete or not self.kept:
+            code = 1005 if self.handshake_complete else 1006
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
+        self.connections.discard(self)
+        self.handshake_complete = True
+        self.disconnected = True
+        if self._writable is not None:
+            self._writable.set()
+        if exc is None:
+            self.transport.close()
         self.ended(*self._close)
         self._traffic.connections -= 1
         self._changed()
@@ -390,6 +616,41 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
 def nothing() -> None:
     """Nobody waits for us, under a server that is not ours."""
+
+
+class Keepalive:
+    """When the connections of one server are pinged, and when their pongs are overdue; 0 seconds: never."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float, timeout: float) -> None:
+        self.pings: Deadlines[LimitedProtocol] = Deadlines(loop, interval, LimitedProtocol.ping)
+        self.pongs: Deadlines[LimitedProtocol] = Deadlines(loop, timeout, LimitedProtocol.keepalive_timeout)
+
+
+class NoKeepalive(Deadlines[Any]):
+    """No pings at all."""
+
+    def set(self, item: Any) -> None:
+        pass
+
+
+def keepalive_of(server_state: ServerState, config: Config, loop: asyncio.AbstractEventLoop) -> Keepalive:
+    """The one keepalive of a server."""
+    state: Any = server_state
+    if not hasattr(state, "keepalive"):
+        state.keepalive = Keepalive(loop, config.ws_ping_interval or 0.0, config.ws_ping_timeout or 0.0)
+        if not config.ws_ping_interval:
+            state.keepalive.pings = NoKeepalive(loop, 0.0, LimitedProtocol.ping)
+    found: Keepalive = state.keepalive
+    return found
+
+
+def _subprotocols(headers: handshake.HeaderList) -> list[str]:
+    return [
+        token.strip()
+        for name, value in headers
+        if name == b"sec-websocket-protocol"
+        for token in value.decode("latin-1").split(",")
+    ]
 
 
 def is_utf8(payload: bytes) -> bool:

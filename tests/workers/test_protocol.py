@@ -259,7 +259,11 @@ def test_who_does_not_end_after_a_failure_is_cut(monkeypatch: pytest.MonkeyPatch
 def test_close_handshakes(app: Any) -> None:
     async def main() -> None:
         async with serving(app) as live:
-            for sent, code in ((close_frame(1000), 1000), (close_frame(4999, "ä"), 4999), (frame(CLOSE), 1005)):
+            for sent, code in (
+                (close_frame(1000), 1000),
+                (close_frame(4999, "ä"), 4999),
+                (frame(CLOSE), 1005),
+            ):
                 client = await live.raw()
                 await client.write(sent)
                 assert await client.close_code() == code
@@ -491,7 +495,7 @@ def test_a_client_that_we_do_not_read_need_not_answer() -> None:
             client = await live.client("/ws/x")
             (protocol,) = live.protocols
             protocol.hold(HOLD_BUS)
-            await until_async(lambda: protocol.pong_timer is not None, 3.0)
+            await until_async(lambda: protocol in protocol._keepalive.pongs, 3.0)
             deadline = asyncio.get_running_loop().time() + 0.5
             await until_async(lambda: asyncio.get_running_loop().time() > deadline, 3.0)
             assert not protocol.transport.is_closing()
