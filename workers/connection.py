@@ -104,6 +104,7 @@ class Connection:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_alone",
         "_close_at_accept",
         "_errors",
         "_gone",
@@ -122,6 +123,7 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, conn_id: str, topic: str | None = None) -> None:
         self.websocket = websocket
+        self._alone = False
         self.owner: Owner | None = None
         self._id = conn_id
         self._topics: TopicSet | None = None
@@ -227,6 +229,9 @@ class Connection:
             ValueError: no code to close with (RFC 6455 section 7.4).
         """
         code, reason = codes.closing(code, reason or "")
+        if self._alone:
+            self.close_soon(code, reason or "")
+            return
         state = self.websocket.application_state
         if self._protocol is not None and state is not WebSocketState.CONNECTING:
             if state is WebSocketState.CONNECTED:
@@ -251,7 +256,7 @@ class Connection:
 
     def close_soon(self, code: int, reason: str) -> None:
         """As :meth:`close`, for callers that cannot wait; before :meth:`accept` it waits for that."""
-        if self.websocket.application_state is WebSocketState.CONNECTING:
+        if not self._alone and self.websocket.application_state is WebSocketState.CONNECTING:
             self._close_at_accept = (code, reason)
         elif self._protocol is not None:
             self._protocol.close(code, reason)
@@ -307,7 +312,7 @@ class Connection:
         sink = self._sink
         if isinstance(sink, SocketSink):
             await self._ready(sink)
-            current_fanout().send_frame(self._target, binary_frame(data), data)
+            current_fanout().send_frame(self._target, binary_frame(data))
             return
         if sink is not None:
             current_fanout().flush()
@@ -369,6 +374,13 @@ class Connection:
         self._protocol.keep()
         self._protocol.take_input(handler)
         return True
+
+    def forget_request(self) -> None:
+        """For a connection that nobody but the hub uses: the request goes, and with it most of its memory."""
+        if self._protocol is not None:
+            self._protocol.forget_request()
+            del self.websocket
+            self._alone = True
 
     def hold_reading(self, reason: int, on_clear: Callable[[Callable[[], None]], None]) -> None:
         """Read nothing from this client until ``on_clear`` calls back. Under plain ASGI its endpoint waits instead."""

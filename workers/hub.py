@@ -11,11 +11,14 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
+from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from workers import jsontext
@@ -41,16 +44,33 @@ def create_hub(manager: WebSocketManager | None = None) -> Starlette:
     Raises:
         ValueError: no manager, and not under the supervisor.
     """
-    hub = _Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None)
-    return Starlette(
-        routes=[
-            WebSocketRoute("/ws", hub.plain),
-            WebSocketRoute("/ws/{conn_id}", hub.plain),
-            Route("/healthz", hub.healthz),
-            Route("/readyz", hub.readyz),
-        ],
-        lifespan=hub.lifespan,
-    )
+    return _HubApplication(_Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None))
+
+
+class _HubApplication(Starlette):
+    """The routes, with a short way for the handshakes of the plain protocol: connecting is most of what they do."""
+
+    def __init__(self, hub: _Hub) -> None:
+        self._hub = hub
+        super().__init__(
+            routes=[
+                WebSocketRoute("/ws", hub.plain),
+                WebSocketRoute("/ws/{conn_id}", hub.plain),
+                Route("/healthz", hub.healthz),
+                Route("/readyz", hub.readyz),
+            ],
+            lifespan=hub.lifespan,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not self.user_middleware:
+            path = get_route_path(scope)
+            conn_id = path[4:] if path.startswith("/ws/") else None
+            if path == "/ws" or (conn_id and "/" not in conn_id):
+                scope["path_params"] = {} if conn_id is None else {"conn_id": conn_id}
+                await self._hub.plain(WebSocket(scope, receive, send))
+                return
+        await super().__call__(scope, receive, send)
 
 
 class _Hub:
@@ -80,10 +100,16 @@ class _Hub:
             await _refuse(websocket, 400, f"a conn_id has at most {MAX_CONN_ID_BYTES} bytes")
             return
         connection = self._register(websocket, conn_id)
-        subscribe_at_connect(manager, connection, websocket.query_params.getlist("topic"))
+        query = websocket.scope["query_string"]
+        if query:
+            topics = [value for name, value in parse_qsl(query.decode("latin-1"), True) if name == "topic"]
+            subscribe_at_connect(manager, connection, topics)
         await manager.accept(connection)
         session = PlainSession(manager, connection)
-        if not connection.serve(session.on_message):
+        if connection.serve(session.on_message):
+            if self._own:
+                connection.forget_request()
+        else:
             await _serve_asgi(manager, connection, session)
 
     def _register(self, websocket: WebSocket, conn_id: str | None) -> Connection:
