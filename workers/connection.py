@@ -20,7 +20,7 @@ from workers.errors import WebSocketException
 from workers.fanout import binary_frame, current_fanout
 from workers.limited_protocol import HOLD_INBOX
 from workers.message import Message, validate_client_message
-from workers.protocol import WebSocketProtocol
+from workers.protocol import WebSocketProtocol, our_protocol, protocol_beneath
 from workers.sinks import AnySink, AsgiSink, SocketSink
 from workers.topic_set import TopicSet
 
@@ -48,35 +48,6 @@ class Owner(Protocol):
 
     def connection_gone(self, connection: Connection) -> None:
         """The client is gone."""
-
-
-def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
-    """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
-    protocol = protocol_beneath(websocket)
-    if (
-        protocol is None
-        or websocket._receive != protocol.receive
-        or _innermost(websocket._send) != protocol.send
-    ):
-        return None
-    return protocol
-
-
-def protocol_beneath(websocket: WebSocket) -> WebSocketProtocol | None:
-    """The protocol object of our own server, whatever has been wrapped around it."""
-    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
-    return protocol if isinstance(protocol, WebSocketProtocol) else None
-
-
-def _innermost(send: Any) -> Any:
-    """``send`` without the wrapper of Starlette's own exception handling, which only watches HTTP responses."""
-    while (
-        getattr(send, "__qualname__", "")
-        == "wrap_app_handling_exceptions.<locals>.wrapped_app.<locals>.sender"
-    ):
-        cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
-        send = cells["send"].cell_contents
-    return send
 
 
 def check_conn_id(conn_id: object) -> None:
@@ -230,8 +201,7 @@ class Connection:
         """
         code, reason = codes.closing(code, reason or "")
         if self._alone:
-            self.close_soon(code, reason or "")
-            return
+            return self.close_soon(code, reason)
         state = self.websocket.application_state
         if self._protocol is not None and state is not WebSocketState.CONNECTING:
             if state is WebSocketState.CONNECTED:

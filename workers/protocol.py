@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from starlette.websockets import WebSocket
 from uvicorn.protocols.utils import ClientDisconnected
 
 from workers.fanout import binary_frame, current_fanout, text_frame
@@ -282,3 +283,32 @@ class WebSocketProtocol(LimitedProtocol):
             self.close(1000)
         else:
             super().returned(result)
+
+
+def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
+    """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
+    protocol = protocol_beneath(websocket)
+    if (
+        protocol is None
+        or websocket._receive != protocol.receive
+        or _innermost(websocket._send) != protocol.send
+    ):
+        return None
+    return protocol
+
+
+def protocol_beneath(websocket: WebSocket) -> WebSocketProtocol | None:
+    """The protocol object of our own server, whatever has been wrapped around it."""
+    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
+    return protocol if isinstance(protocol, WebSocketProtocol) else None
+
+
+def _innermost(send: Any) -> Any:
+    """``send`` without the wrapper of Starlette's own exception handling, which only watches HTTP responses."""
+    while (
+        getattr(send, "__qualname__", "")
+        == "wrap_app_handling_exceptions.<locals>.wrapped_app.<locals>.sender"
+    ):
+        cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
+        send = cells["send"].cell_contents
+    return send

@@ -26,7 +26,7 @@ from tests.support import free_port, run, until, until_async
 
 ROOT = Path(__file__).parent.parent.parent
 
-FASTAPI = '''
+FASTAPI = """
 import os
 from contextlib import asynccontextmanager
 from fastapi import FastAPI, WebSocket
@@ -53,9 +53,9 @@ async def endpoint(websocket: WebSocket, conn_id: str, topic: str | None = None)
 def publish(topic: str, n: int):  # no "async": it runs in a thread
     manager.send(topic, {"n": n})
     return {"pid": os.getpid()}
-'''
+"""
 
-STARLETTE = '''
+STARLETTE = """
 import os
 from contextlib import asynccontextmanager
 from starlette.applications import Starlette
@@ -88,19 +88,29 @@ app = Starlette(
     routes=[WebSocketRoute("/ws/{conn_id}", endpoint), Route("/publish/{topic}", publish, methods=["POST"])],
     lifespan=lifespan,
 )
-'''
+"""
 
-MOUNTED = '''
+MOUNTED = """
 from fastapi import FastAPI
 from workers import WebSocketManager, create_hub
 
 app = FastAPI()  # whose lifespan starts nothing
 app.mount("/realtime", create_hub(WebSocketManager("hub", "ipc://RUNTIME_DIR")))
-'''
+"""
 
 UVICORN = ("uvicorn", "app:app", "--workers", "2", "--host", "127.0.0.1", "--log-level", "warning", "--port")
 UVICORN_ONE = ("uvicorn", "app:app", "--host", "127.0.0.1", "--log-level", "warning", "--port")
-GUNICORN = ("gunicorn", "app:app", "-w", "2", "-k", "uvicorn_worker.UvicornWorker", "--log-level", "warning", "-b")
+GUNICORN = (
+    "gunicorn",
+    "app:app",
+    "-w",
+    "2",
+    "-k",
+    "uvicorn_worker.UvicornWorker",
+    "--log-level",
+    "warning",
+    "-b",
+)
 
 
 class Server:
@@ -267,7 +277,9 @@ def test_messages_cross_between_the_processes_of_a_server(app: str, command: tup
 def test_two_servers_that_start_at_once_in_a_directory_that_is_not_there_yet() -> None:
     async def main(there: Place) -> None:
         servers = [there.start(UVICORN_ONE) for _ in range(3)]
-        found = await asyncio.gather(*[server.pid_and_client("/ws/same?topic=room/%2B") for server in servers])
+        found = await asyncio.gather(
+            *[server.pid_and_client("/ws/same?topic=room/%2B") for server in servers]
+        )
         assert len({pid for pid, _ in found}) == 3
         assert sorted(there.peers().values()) == sorted(pid for pid, _ in found)
         await cross([client for _, client in found])
@@ -284,7 +296,9 @@ def test_a_killed_process_is_reaped_by_the_other_and_its_successor_works() -> No
         first = await server.one_on_each("/ws/same?topic=room/%2B")
         killed, kept = sorted(first)
         os.kill(killed, signal.SIGKILL)
-        await until_async(lambda: killed not in there.peers().values(), 2.0, "the reaping of the dead one's slot")
+        await until_async(
+            lambda: killed not in there.peers().values(), 2.0, "the reaping of the dead one's slot"
+        )
         assert len(there.inboxes()) == len(there.peers())
         await first[kept].send('{"type":"broadcast","n":1}')
         assert await next_json(first[kept]) == {"n": 1}
@@ -310,13 +324,14 @@ def test_a_hub_that_is_mounted_where_no_lifespan_starts_it() -> None:
     async def main(there: Place) -> None:
         server = there.start(UVICORN)
         await (await server.client("/realtime/ws/first")).close()
-        async with httpx.AsyncClient(trust_env=False) as http:
 
-            async def all_ready() -> bool:
+        async def all_ready() -> bool:
+            # A connection each, or it would always be the same process that answers.
+            async with httpx.AsyncClient(trust_env=False) as http:
                 answer = await http.get(f"http://127.0.0.1:{server.port}/realtime/readyz")
-                return answer.status_code == 200 and answer.json()["peers"] == 2
+            return answer.status_code == 200 and answer.json()["peers"] == 2
 
-            await until_async(all_ready, 20.0, "both processes on the bus")
+        await until_async(all_ready, 20.0, "both processes on the bus")
         clients = [await server.client(f"/realtime/ws/c{n}?topic=t") for n in range(12)]
         for n, client in enumerate(clients):
             await client.send(json.dumps({"type": "send_by_conn_id", "conn_id": f"c{(n - 1) % 12}", "n": n}))
