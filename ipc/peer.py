@@ -7,7 +7,6 @@ in, publishes envelopes and receives those of others; the directory, the board a
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import os
 import time
@@ -267,22 +266,10 @@ async def _enter(path: str) -> RuntimeDir:
 def _forget_dead_loops() -> None:
     """Peers whose loop was closed over their heads give back their slots now."""
     for key in [key for key in _peers if key[1].is_closed()]:
-        _end_opened(_peers.pop(key))
+        opening = _peers.pop(key)
+        if opening.done() and not opening.cancelled() and opening.exception() is None:
+            opening.result()._end()
 
-
-def _end_opened(opening: asyncio.Future[Peer]) -> None:
-    if opening.done() and not opening.cancelled() and opening.exception() is None:
-        opening.result()._end()
-
-
-def _end_all() -> None:
-    """What a process that ends has not closed, say since its hub is mounted where no lifespan runs: its inbox goes."""
-    for opening in list(_peers.values()):
-        _end_opened(opening)
-    _peers.clear()
-
-
-atexit.register(_end_all)
 
 # A forked child has none of its parent's locks and loops; it opens its own.
 os.register_at_fork(after_in_child=_peers.clear)
