@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,11 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ipc.store_records import StoreError
 from workers import jsontext
 from workers.brokers import IpcBroker
 from workers.connection import Connection
 from workers.manager import WebSocketManager
 from workers.plain import PlainSession, subscribe_at_connect
+
+if TYPE_CHECKING:
+    from ipc.history import HostLog
 
 #: The broker channel of the built-in hub.
 HUB_CHANNEL: Final = "hub"
@@ -121,7 +125,28 @@ def readiness(manager: WebSocketManager) -> dict[str, Any]:
             "epoch": peer.epoch,
             "peers": len(peer.runtime.board.live_full_slots()),
         }
+        if peer.log is not None:
+            details["history"] = _history_state(peer.log)
     return details
+
+
+def _history_state(log: HostLog) -> dict[str, Any]:
+    """What the store says of itself; ``state`` is "ok", "full" or "failed" (live delivery goes on in any case)."""
+    waiting = log.appender.waiting
+    try:
+        stats = log.store.stats()
+    except StoreError as error:
+        return {"state": "failed", "error": str(error), "epoch": log.epoch, "waiting": waiting}
+    return {
+        "state": "full" if stats.full else "ok",
+        "error": stats.full,
+        "epoch": stats.epoch,
+        "offset": stats.top,
+        "bytes": stats.used,
+        "size": stats.size,
+        "evicted": stats.evicted,
+        "waiting": waiting,
+    }
 
 
 async def _serve_asgi(manager: WebSocketManager, connection: Connection, session: PlainSession) -> None:
