@@ -145,23 +145,29 @@ class HostLog:
             self._kept[envelope.offset] = envelope
             self._kept_bytes += len(envelope.data)
 
-    def heal(self) -> None:
+    def heal(self, at_once: bool = False) -> None:
         """Something may have been lost: read what the log has beyond what was delivered."""
-        if not self._closed and self._scan_handle is None:
+        if not self._closed and (at_once or self._scan_handle is None):
             try:
                 self._target = max(self._target, self.store.top())
             except StoreError as error:
                 logger.debug("the log cannot be looked at: %s", error)
             if self._target > self.scanned:
-                self._scan()
+                self._scan(at_once)
+
+    def catch_up(self) -> None:
+        """Deliver all that was stored so far, now: somebody is about to subscribe and shall not get it."""
+        self.heal(at_once=True)
 
     def _look(self) -> None:
         self._look_timer = self._loop.call_later(LOOK, self._look)
         self.heal()
 
-    def _scan(self) -> None:
+    def _scan(self, at_once: bool = False) -> None:
         """Read the log up to the target and deliver it in order, a few milliseconds at a time."""
-        self._scan_handle = None
+        if self._scan_handle is not None:
+            self._scan_handle.cancel()
+            self._scan_handle = None
         if self._closed:
             return
         until = time.monotonic() + _TURN
@@ -183,7 +189,7 @@ class HostLog:
                 return
             self._target = max(self._target, self.scanned)
             self._deliver(self._merge(piece.entries, piece.scanned))
-            if self.scanned < self._target and time.monotonic() > until:
+            if self.scanned < self._target and not at_once and time.monotonic() > until:
                 self._scan_handle = self._loop.call_soon(self._scan)
                 return
 

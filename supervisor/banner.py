@@ -28,7 +28,13 @@ def endpoints(settings: Settings, port: int) -> list[str]:
     if settings.app is not None:
         return [base]
     sockets = "ws" + base.removeprefix("http")
-    return [f"{sockets}/ws", f"{sockets}/ws/{{conn_id}}", f"{base}/healthz", f"{base}/readyz"]
+    return [
+        f"{sockets}/ws",
+        f"{sockets}/ws/{{conn_id}}",
+        f"{sockets}/connection/websocket",
+        f"{base}/healthz",
+        f"{base}/readyz",
+    ]
 
 
 def announce(settings: Settings, port: int, runtime_dir: str) -> None:

@@ -180,6 +180,11 @@ class Connection:
         return self._target
 
     @property
+    def gone(self) -> tuple[int, str] | None:
+        """The close code and reason once it is over."""
+        return self._gone
+
+    @property
     def closed(self) -> bool:
         """True when the client is gone or the connection was closed."""
         return self._gone is not None or (self._sink is not None and self._sink.closed)
@@ -369,6 +374,27 @@ class Connection:
         self._protocol.keep()
         self._protocol.take_input(handler)
         return True
+
+    def hold(self, reason: int) -> bool:
+        """Read nothing from this client until :meth:`release`; False when it is so already, or under plain ASGI."""
+        protocol = self._protocol
+        if protocol is None or protocol.holds(reason):
+            return False
+        protocol.hold(reason)
+        return protocol.holds(reason)
+
+    def release(self, reason: int) -> bool:
+        """The end of :meth:`hold`; False when there was none."""
+        protocol = self._protocol
+        if protocol is None or not protocol.holds(reason):
+            return False
+        protocol.release(reason)
+        return True
+
+    def use_codes(self, drain: tuple[int, str], too_big: tuple[int, str], pings: bool) -> None:
+        """See :meth:`~workers.limited_protocol.LimitedProtocol.use_codes`; after :meth:`accept`."""
+        if self._protocol is not None:
+            self._protocol.use_codes(drain, too_big, pings)
 
     def hold_reading(self, reason: int, on_clear: Callable[[Callable[[], None]], None]) -> None:
         """Read nothing from this client until ``on_clear`` calls back. Under plain ASGI its endpoint waits instead."""

@@ -1,7 +1,7 @@
 """The built-in hub: an ASGI application of routes, to run as it is or to mount in one's own.
 
-``/ws`` and ``/ws/{conn_id}`` speak the plain protocol; ``/healthz`` says that this process lives, ``/readyz`` that
-it is on the bus.
+``/ws`` and ``/ws/{conn_id}`` speak the plain protocol, ``/connection/websocket`` that of Centrifuge; ``/healthz`` says
+that this process lives, ``/readyz`` that it is on the bus.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from ipc.store_records import StoreError
 from workers import jsontext
 from workers.brokers import IpcBroker
+from workers.centrifuge_hooks import CentrifugeHooks
+from workers.centrifuge_hub import CentrifugeHub
 from workers.connection import Connection
 from workers.manager import WebSocketManager
 from workers.plain import PlainSession, subscribe_at_connect
@@ -34,22 +36,24 @@ HUB_CHANNEL: Final = "hub"
 MAX_CONN_ID_BYTES: Final = 255
 
 
-def create_hub(manager: WebSocketManager | None = None) -> Starlette:
+def create_hub(manager: WebSocketManager | None = None, hooks: CentrifugeHooks | None = None) -> Starlette:
     """The built-in hub as an application.
 
     Args:
         manager: whose connections and channel it serves; None makes one for the channel ``hub`` on the supervisor's
             runtime directory. A manager that nobody started is started with the first request, since a mounted
             application's lifespan does not run.
+        hooks: what the application decides about clients of the Centrifuge protocol.
 
     Raises:
         ValueError: no manager, and not under the supervisor.
     """
-    hub = _Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None)
+    hub = _Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None, hooks=hooks)
     return Starlette(
         routes=[
             WebSocketRoute("/ws", hub.plain),
             WebSocketRoute("/ws/{conn_id}", hub.plain),
+            WebSocketRoute("/connection/websocket", hub.centrifuge.serve),
             Route("/healthz", hub.healthz),
             Route("/readyz", hub.readyz),
         ],
@@ -58,8 +62,9 @@ def create_hub(manager: WebSocketManager | None = None) -> Starlette:
 
 
 class _Hub:
-    def __init__(self, manager: WebSocketManager, own: bool) -> None:
+    def __init__(self, manager: WebSocketManager, own: bool, hooks: CentrifugeHooks | None) -> None:
         self._manager = manager
+        self.centrifuge = CentrifugeHub(manager, hooks)
         self._own = own
 
     @contextlib.asynccontextmanager
@@ -68,6 +73,7 @@ class _Hub:
         try:
             yield
         finally:
+            await self.centrifuge.close()
             if self._own:
                 await self._manager.shutdown()
 

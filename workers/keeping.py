@@ -187,11 +187,20 @@ class Keeping:
 
     def listen(self, pattern: str, receiver: Receiver) -> None:
         """Give ``receiver`` what is published to a topic or pattern; from now on it misses nothing."""
+        self._transport.interest_add(*interest_in(pattern))
+        if self._log is not None:
+            self._catch_up()
         if self._receivers.add(pattern, receiver):
             if self._fanout is None:
                 self._fanout = current_fanout()
             current_fanout().subscriptions += 1
-            self._transport.interest_add(*interest_in(pattern))
+        else:
+            self._transport.interest_discard(*interest_in(pattern))
+
+    def _catch_up(self) -> None:
+        """Deliver what was stored so far before somebody new subscribes, who shall get what comes from now on."""
+        if self._log is not None and self._log_thread == threading.get_ident():
+            self._log.catch_up()
 
     def unlisten(self, pattern: str, receiver: Receiver) -> None:
         """The end of :meth:`listen`."""

@@ -255,9 +255,11 @@ class WebSocketManager(Keeping):
 
     def connection_subscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was added to ``connection.topics``."""
+        self._transport.interest_add(*interest_in(pattern))
+        if self._log is not None:
+            self._catch_up()
         self._index.add(pattern, connection.target[0])
         current_fanout().subscriptions += 1
-        self._transport.interest_add(*interest_in(pattern))
 
     def connection_unsubscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was removed from ``connection.topics``."""
