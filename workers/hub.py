@@ -69,12 +69,13 @@ class _Hub:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        mine = self._own or not self._manager.started
         await self._manager.startup()
         try:
             yield
         finally:
             await self.centrifuge.close()
-            if self._own:
+            if mine:
                 await self._manager.shutdown()
 
     async def plain(self, websocket: WebSocket) -> None:

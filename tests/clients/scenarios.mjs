@@ -266,11 +266,13 @@ const scenarios = {
     check((await closed(garbage))[0] === 3501, 'garbage: 3501');
     const texts = await raw();
     texts.send('{"id":1,"connect":{}}\n{"id":2,"subscribe":{"channel":"no/x"}}\n{"id":3,"rpc":{"method":"nope"}}');
-    texts.send('{"id":4,"presence":{"channel":"no/x"}}\n{"id":5,"publish":{"channel":"no/x","data":{"a":\n1}}}');
-    texts.send('{"id":6,"publish":{"channel":"no/x","data":{"a" : 1}}}');
-    await closed(texts);
-    const lines = texts.texts.flatMap((text) => text.split('\n'));
-    check(lines.length >= 3 && lines.every((line) => line.trim()), 'no blank line');
+    texts.send('{"id":4,"presence":{"channel":"no/x"}}\n{"id":6,"publish":{"channel":"no/x","data":{"a" : "\\n"}}}');
+    const said = () => texts.texts.flatMap((text) => text.split('\n'));
+    await until(() => said().length >= 6, 'five replies and a push');
+    texts.send('{"id":5,"publish":{"channel":"no/x","data":{"a":\n1}}}');
+    check((await closed(texts))[0] === 3501, 'half a command: 3501');
+    const lines = said();
+    check(lines.every((line) => line.trim()), 'no blank line');
     for (const line of lines) {
       const { error } = JSON.parse(line);
       check(!error || (error.code && error.message), 'errors have a code and a message');
