@@ -32,6 +32,7 @@ def endpoints(settings: Settings, port: int) -> list[str]:
         f"{sockets}/ws",
         f"{sockets}/ws/{{conn_id}}",
         f"{sockets}/connection/websocket",
+        f"{base}/events",
         f"{base}/healthz",
         f"{base}/readyz",
     ]

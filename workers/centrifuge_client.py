@@ -18,8 +18,8 @@ from starlette.websockets import WebSocket
 
 from ipc.peer import BusFull
 from ipc.positions import Position
-from ipc.store_records import StoreError, UnrecoverablePosition
-from ipc.topics import InvalidTopic, is_pattern
+from ipc.store_records import StoreError
+from ipc.topics import InvalidTopic
 from workers import centrifuge_effects as effects
 from workers import codes, jsontext
 from workers.centrifuge import Session
@@ -34,8 +34,9 @@ from workers.centrifuge_hooks import (
     PublishReply,
     SubscribeReply,
 )
+from workers.centrifuge_questions import answer_history, answer_presence, answer_presence_stats
 from workers.codes import ErrorCode
-from workers.connection import Connection
+from workers.connection import Connection, our_protocol
 from workers.fanout import current_fanout
 from workers.limited_protocol import HOLD_ANSWERS, HOLD_BUS
 from workers.sinks import AnySink
@@ -64,6 +65,7 @@ class CentrifugeClient:
             jitter=random.random(),
         )
         self.public = ClientSession(self)
+        self.protocol = our_protocol(websocket)
         self.connection = Connection(websocket, self.session.client_id)
         settings = hub.manager.settings
         self.connection.prepare(self, settings.max_backlog, settings.write_timeout)
@@ -113,12 +115,16 @@ class CentrifugeClient:
 
     def _hold(self, reason: int, on_clear: Callable[[Callable[[], None]], None]) -> None:
         """Read no further; under a foreign server its endpoint waits instead, see :meth:`calm`."""
-        if self.connection.hold(reason):
+        protocol = self.protocol
+        if protocol is not None and not protocol.holds(reason):
+            protocol.hold(reason)
             self.session.reading_paused(self._loop.time())
             on_clear(lambda: self._release(reason))
 
     def _release(self, reason: int) -> None:
-        if self.connection.release(reason):
+        protocol = self.protocol
+        if protocol is not None and protocol.holds(reason):
+            protocol.release(reason)
             self.session.reading_resumed(self._loop.time())
             self._schedule()
 
@@ -336,61 +342,14 @@ class CentrifugeClient:
 
     # Questions -------------------------------------------------------------------------------------------------
 
-    def _readable(self, number: int, channel: str, available: bool) -> bool:
-        if not self.hub.manager.rules.may_subscribe(channel, self._known):
-            self.do(self.session.failed(number, ErrorCode.PERMISSION_DENIED))
-        elif not available:
-            self.do(self.session.failed(number, ErrorCode.NOT_AVAILABLE))
-        else:
-            return True
-        return False
-
     def _on_presence(self, effect: effects.Presence) -> None:
-        manager, presence = self.hub.manager, self.hub.presence
-        available = presence is not None and manager.rules.has_presence(effect.channel)
-        if not self._readable(effect.id, effect.channel, available) or presence is None:
-            return
-        try:
-            present = presence.present(manager.broker_channel, effect.channel)
-        except StoreError:
-            self.do(self.session.failed(effect.id, ErrorCode.INTERNAL))
-            return
-        self.do(self.session.presence(effect.id, {who.client: who.info for who in present}))
+        self.do(answer_presence(self.hub, self.session, effect))
 
     def _on_presence_stats(self, effect: effects.PresenceStats) -> None:
-        manager, presence = self.hub.manager, self.hub.presence
-        available = presence is not None and manager.rules.has_presence(effect.channel)
-        if not self._readable(effect.id, effect.channel, available) or presence is None:
-            return
-        try:
-            present = presence.present(manager.broker_channel, effect.channel)
-        except StoreError:
-            self.do(self.session.failed(effect.id, ErrorCode.INTERNAL))
-            return
-        users = len({who.user for who in present})
-        self.do(self.session.presence_stats(effect.id, len(present), users))
+        self.do(answer_presence_stats(self.hub, self.session, effect))
 
     def _on_history(self, effect: effects.History) -> None:
-        manager, log, session = self.hub.manager, self.hub.manager.log, self.session
-        channel = effect.channel
-        available = (
-            log is not None and not is_pattern(channel) and manager.rules.retention(channel) is not None
-        )
-        if not self._readable(effect.id, channel, available) or log is None:
-            return
-        since = Position(effect.since.offset, effect.since.epoch) if effect.since is not None else None
-        try:
-            found = log.history(manager.broker_channel, channel, effect.limit, since, effect.reverse)
-        except UnrecoverablePosition:
-            self.do(session.failed(effect.id, ErrorCode.UNRECOVERABLE_POSITION))
-        except StoreError:
-            self.do(session.failed(effect.id, ErrorCode.INTERNAL))
-        else:
-            items = [
-                effects.Publication(entry.data, entry.offset, entry.topic, entry.info)
-                for entry in found.entries
-            ]
-            self.do(session.history(effect.id, channel, items, found.top, found.epoch))
+        self.do(answer_history(self.hub, self.session, effect))
 
     def _on_rpc(self, effect: effects.Rpc) -> None:
         self._ask(self._call(effect), lambda error: self.session.failed(effect.id, error))

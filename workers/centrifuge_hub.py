@@ -92,7 +92,8 @@ class CentrifugeHub:
         except BaseException:
             client.finish()
             raise
-        client.connection.use_codes(codes.SHUTDOWN, codes.BAD_REQUEST, frame_pings)
+        if client.protocol is not None:
+            client.protocol.use_codes(codes.SHUTDOWN, codes.BAD_REQUEST, frame_pings)
         if not client.connection.serve(client.on_message):
             await self._serve_asgi(client)
 

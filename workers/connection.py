@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from workers import codes, jsontext
 from workers.errors import WebSocketException
 from workers.fanout import binary_frame, current_fanout
+from workers.feeds import Receiver
 from workers.limited_protocol import HOLD_INBOX
 from workers.message import Message, validate_client_message
 from workers.protocol import WebSocketProtocol
@@ -116,6 +117,7 @@ class Connection:
         "_target",
         "_topics",
         "_waiter",
+        "feed",
         "owner",
         "websocket",
     )
@@ -123,6 +125,8 @@ class Connection:
     def __init__(self, websocket: WebSocket, conn_id: str, topic: str | None = None) -> None:
         self.websocket = websocket
         self.owner: Owner | None = None
+        self.feed: Receiver | None = None
+        """Takes the messages of its topics instead of the sink, for a client that wants them in another form."""
         self._id = conn_id
         self._topics: TopicSet | None = None
         self._protocol: WebSocketProtocol | None = None
@@ -374,27 +378,6 @@ class Connection:
         self._protocol.keep()
         self._protocol.take_input(handler)
         return True
-
-    def hold(self, reason: int) -> bool:
-        """Read nothing from this client until :meth:`release`; False when it is so already, or under plain ASGI."""
-        protocol = self._protocol
-        if protocol is None or protocol.holds(reason):
-            return False
-        protocol.hold(reason)
-        return protocol.holds(reason)
-
-    def release(self, reason: int) -> bool:
-        """The end of :meth:`hold`; False when there was none."""
-        protocol = self._protocol
-        if protocol is None or not protocol.holds(reason):
-            return False
-        protocol.release(reason)
-        return True
-
-    def use_codes(self, drain: tuple[int, str], too_big: tuple[int, str], pings: bool) -> None:
-        """See :meth:`~workers.limited_protocol.LimitedProtocol.use_codes`; after :meth:`accept`."""
-        if self._protocol is not None:
-            self._protocol.use_codes(drain, too_big, pings)
 
     def hold_reading(self, reason: int, on_clear: Callable[[Callable[[], None]], None]) -> None:
         """Read nothing from this client until ``on_clear`` calls back. Under plain ASGI its endpoint waits instead."""

@@ -1,7 +1,7 @@
 """The built-in hub: an ASGI application of routes, to run as it is or to mount in one's own.
 
-``/ws`` and ``/ws/{conn_id}`` speak the plain protocol, ``/connection/websocket`` that of Centrifuge; ``/healthz`` says
-that this process lives, ``/readyz`` that it is on the bus.
+``/ws`` and ``/ws/{conn_id}`` speak the plain protocol, ``/connection/websocket`` that of Centrifuge; ``/events`` serves
+Server-Sent Events; ``/healthz`` says that this process lives, ``/readyz`` that it is on the bus.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from workers.brokers import IpcBroker
 from workers.centrifuge_hooks import CentrifugeHooks
 from workers.centrifuge_hub import CentrifugeHub
 from workers.connection import Connection
+from workers.envelopes import EnvelopeFeed
+from workers.events import events_response
 from workers.manager import WebSocketManager
 from workers.plain import PlainSession, subscribe_at_connect
 
@@ -54,6 +56,7 @@ def create_hub(manager: WebSocketManager | None = None, hooks: CentrifugeHooks |
             WebSocketRoute("/ws", hub.plain),
             WebSocketRoute("/ws/{conn_id}", hub.plain),
             WebSocketRoute("/connection/websocket", hub.centrifuge.serve),
+            Route("/events", hub.events),
             Route("/healthz", hub.healthz),
             Route("/readyz", hub.readyz),
         ],
@@ -91,7 +94,13 @@ class _Hub:
             await _refuse(websocket, 400, f"a conn_id has at most {MAX_CONN_ID_BYTES} bytes")
             return
         connection = self._register(websocket, conn_id)
-        subscribe_at_connect(manager, connection, websocket.query_params.getlist("topic"))
+        query = websocket.query_params
+        feed = None
+        if query.get("envelope") in ("1", "true"):
+            feed = connection.feed = EnvelopeFeed(manager, connection)
+        subscribe_at_connect(manager, connection, query.getlist("topic"))
+        if feed is not None:
+            await feed.begin(sorted(connection.topics), query.get("since"))
         await manager.accept(connection)
         session = PlainSession(manager, connection)
         if not connection.serve(session.on_message):
@@ -103,6 +112,12 @@ class _Hub:
         made = secrets.token_urlsafe(12)
         first = jsontext.encode({"type": "set_conn_id", "conn_id": made})
         return self._manager.register(websocket, made, first)
+
+    async def events(self, request: Request) -> Any:
+        """Server-Sent Events: the messages of some topics, from where the client left them."""
+        if not self._manager.started:
+            await self._manager.startup()
+        return events_response(self._manager, request)
 
     async def healthz(self, request: Request) -> Response:
         """This process lives and its event loop turns."""

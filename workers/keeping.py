@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ipc.envelope import JOIN, LEAVE, TOPIC, Envelope
 from ipc.interest import interest_in
@@ -23,21 +23,13 @@ from workers import jsontext
 from workers.broker_interface import BrokerInterface
 from workers.brokers import IpcBroker
 from workers.fanout import Fanout, current_fanout
+from workers.feeds import Receiver
 from workers.stored import HistoryPage, NoHistory, Storing, read_history
 from workers.subscriptions import SubscriptionIndex
 from workers.transport import Accepted, Transport
 
 if TYPE_CHECKING:
     from ipc.history import HostLog
-
-
-class Receiver(Protocol):
-    """Somebody who encodes messages in its own way: see :meth:`Keeping.listen`."""
-
-    def __hash__(self) -> int: ...
-
-    def deliver(self, envelope: Envelope) -> None:
-        """A message to a topic that matches; in the order of the log where it has an offset."""
 
 
 class Keeping:
@@ -196,6 +188,10 @@ class Keeping:
             current_fanout().subscriptions += 1
         else:
             self._transport.interest_discard(*interest_in(pattern))
+
+    def count_slow(self) -> None:
+        """A receiver was closed because its client reads too slowly."""
+        current_fanout().slow_closed += 1
 
     def _catch_up(self) -> None:
         """Deliver what was stored so far before somebody new subscribes, who shall get what comes from now on."""

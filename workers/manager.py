@@ -255,6 +255,9 @@ class WebSocketManager(Keeping):
 
     def connection_subscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was added to ``connection.topics``."""
+        if connection.feed is not None:
+            self.listen(pattern, connection.feed)
+            return
         self._transport.interest_add(*interest_in(pattern))
         if self._log is not None:
             self._catch_up()
@@ -263,7 +266,9 @@ class WebSocketManager(Keeping):
 
     def connection_unsubscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was removed from ``connection.topics``."""
-        if self._index.discard(pattern, connection.target[0]):
+        if connection.feed is not None:
+            self.unlisten(pattern, connection.feed)
+        elif self._index.discard(pattern, connection.target[0]):
             current_fanout().subscriptions -= 1
             self._transport.interest_discard(*interest_in(pattern))
 

@@ -128,6 +128,7 @@ class SocketSink:
             self._add(Waiting(frame))
         elif not self.closed:
             self._protocol.write(frame)
+            self._stuck = "close"
         if self._backlog is None:
             self._end_extra()
 
