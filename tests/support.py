@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -31,9 +31,21 @@ def until(predicate: Callable[[], T], timeout: float = 10.0, what: str = "the co
         time.sleep(0.01)
 
 
+@overload
 async def until_async(
-    predicate: Callable[[], T | Awaitable[T]], timeout: float = 10.0, what: str = "the condition"
-) -> T:
+    predicate: Callable[[], Coroutine[Any, Any, T]], timeout: float = 10.0, what: str = "the condition"
+) -> T: ...
+
+
+@overload
+async def until_async(
+    predicate: Callable[[], T], timeout: float = 10.0, what: str = "the condition"
+) -> T: ...
+
+
+async def until_async(
+    predicate: Callable[[], Any], timeout: float = 10.0, what: str = "the condition"
+) -> Any:
     """As :func:`until`, without blocking the loop; the predicate may be a coroutine function."""
     deadline = time.monotonic() + timeout
     while True:
@@ -41,7 +53,7 @@ async def until_async(
         if asyncio.iscoroutine(value):
             value = await value
         if value:
-            return value  # type: ignore[return-value]
+            return value
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {timeout} s")
         await asyncio.sleep(0.01)

@@ -36,9 +36,10 @@ from workers.centrifuge_hooks import (
 )
 from workers.centrifuge_questions import answer_history, answer_presence, answer_presence_stats
 from workers.codes import ErrorCode
-from workers.connection import Connection, our_protocol
+from workers.connection import Connection
 from workers.fanout import current_fanout
 from workers.limited_protocol import HOLD_ANSWERS, HOLD_BUS
+from workers.protocol import our_protocol
 from workers.sinks import AnySink
 from workers.stored import Result, Storing, refusal_words
 
@@ -78,21 +79,6 @@ class CentrifugeClient:
         self._gone = False
         self._calm: asyncio.Event | None = None
         self._closing = (codes.CONNECTION_CLOSED.code, codes.CONNECTION_CLOSED.reason)
-        self._perform: dict[type[Any], Callable[[Any], None]] = {
-            effects.Send: self._on_send,
-            codes.Close: self._on_close,
-            effects.Connect: self._on_connect,
-            effects.Subscribe: self._on_subscribe,
-            effects.Unsubscribe: self._on_unsubscribe,
-            effects.Publish: self._on_publish,
-            effects.Presence: self._on_presence,
-            effects.PresenceStats: self._on_presence_stats,
-            effects.History: self._on_history,
-            effects.Rpc: self._on_rpc,
-            effects.Message: self._on_app_message,
-            effects.Refresh: self._on_refresh,
-            effects.SubRefresh: self._on_refresh,
-        }
 
     # In --------------------------------------------------------------------------------------------------------
 
@@ -155,7 +141,7 @@ class CentrifugeClient:
     def do(self, wanted: list[Effect]) -> None:
         """Perform effects in order."""
         for effect in wanted:
-            self._perform[type(effect)](effect)
+            _PERFORM[type(effect)](self, effect)
 
     def _answer(self, wanted: list[Effect]) -> None:
         """As :meth:`do`, for answers that come later than the frame that asked."""
@@ -440,6 +426,23 @@ class CentrifugeClient:
 
     def _ending(self) -> tuple[int, str]:
         return self.connection.gone or self._closing
+
+
+_PERFORM: Final[dict[type[Any], Callable[[CentrifugeClient, Any], None]]] = {
+    effects.Send: CentrifugeClient._on_send,
+    codes.Close: CentrifugeClient._on_close,
+    effects.Connect: CentrifugeClient._on_connect,
+    effects.Subscribe: CentrifugeClient._on_subscribe,
+    effects.Unsubscribe: CentrifugeClient._on_unsubscribe,
+    effects.Publish: CentrifugeClient._on_publish,
+    effects.Presence: CentrifugeClient._on_presence,
+    effects.PresenceStats: CentrifugeClient._on_presence_stats,
+    effects.History: CentrifugeClient._on_history,
+    effects.Rpc: CentrifugeClient._on_rpc,
+    effects.Message: CentrifugeClient._on_app_message,
+    effects.Refresh: CentrifugeClient._on_refresh,
+    effects.SubRefresh: CentrifugeClient._on_refresh,
+}
 
 
 def _at(

@@ -21,7 +21,7 @@ from workers.fanout import binary_frame, current_fanout
 from workers.feeds import Receiver
 from workers.limited_protocol import HOLD_INBOX
 from workers.message import Message, validate_client_message
-from workers.protocol import WebSocketProtocol
+from workers.protocol import WebSocketProtocol, our_protocol, protocol_beneath
 from workers.sinks import AnySink, AsgiSink, SocketSink
 from workers.topic_set import TopicSet
 
@@ -51,35 +51,6 @@ class Owner(Protocol):
         """The client is gone."""
 
 
-def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
-    """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
-    protocol = protocol_beneath(websocket)
-    if (
-        protocol is None
-        or websocket._receive != protocol.receive
-        or _innermost(websocket._send) != protocol.send
-    ):
-        return None
-    return protocol
-
-
-def protocol_beneath(websocket: WebSocket) -> WebSocketProtocol | None:
-    """The protocol object of our own server, whatever has been wrapped around it."""
-    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
-    return protocol if isinstance(protocol, WebSocketProtocol) else None
-
-
-def _innermost(send: Any) -> Any:
-    """``send`` without the wrapper of Starlette's own exception handling, which only watches HTTP responses."""
-    while (
-        getattr(send, "__qualname__", "")
-        == "wrap_app_handling_exceptions.<locals>.wrapped_app.<locals>.sender"
-    ):
-        cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
-        send = cells["send"].cell_contents
-    return send
-
-
 def check_conn_id(conn_id: object) -> None:
     """Say so now if an id could not travel over the bus.
 
@@ -105,6 +76,7 @@ class Connection:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_alone",
         "_close_at_accept",
         "_errors",
         "_gone",
@@ -124,6 +96,7 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, conn_id: str, topic: str | None = None) -> None:
         self.websocket = websocket
+        self._alone = False
         self.owner: Owner | None = None
         self.feed: Receiver | None = None
         """Takes the messages of its topics instead of the sink, for a client that wants them in another form."""
@@ -236,6 +209,8 @@ class Connection:
             ValueError: no code to close with (RFC 6455 section 7.4).
         """
         code, reason = codes.closing(code, reason or "")
+        if self._alone:
+            return self.close_soon(code, reason)
         state = self.websocket.application_state
         if self._protocol is not None and state is not WebSocketState.CONNECTING:
             if state is WebSocketState.CONNECTED:
@@ -260,7 +235,7 @@ class Connection:
 
     def close_soon(self, code: int, reason: str) -> None:
         """As :meth:`close`, for callers that cannot wait; before :meth:`accept` it waits for that."""
-        if self.websocket.application_state is WebSocketState.CONNECTING:
+        if not self._alone and self.websocket.application_state is WebSocketState.CONNECTING:
             self._close_at_accept = (code, reason)
         elif self._protocol is not None:
             self._protocol.close(code, reason)
@@ -316,7 +291,7 @@ class Connection:
         sink = self._sink
         if isinstance(sink, SocketSink):
             await self._ready(sink)
-            current_fanout().send_frame(self._target, binary_frame(data), data)
+            current_fanout().send_frame(self._target, binary_frame(data))
             return
         if sink is not None:
             current_fanout().flush()
@@ -378,6 +353,13 @@ class Connection:
         self._protocol.keep()
         self._protocol.take_input(handler)
         return True
+
+    def forget_request(self) -> None:
+        """For a connection that nobody but the hub uses: the request goes, and with it most of its memory."""
+        if self._protocol is not None:
+            self._protocol.forget_request()
+            del self.websocket
+            self._alone = True
 
     def hold_reading(self, reason: int, on_clear: Callable[[Callable[[], None]], None]) -> None:
         """Read nothing from this client until ``on_clear`` calls back. Under plain ASGI its endpoint waits instead."""

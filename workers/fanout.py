@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, Protocol
+
+import msgspec
 
 logger = logging.getLogger("workers")
 
@@ -42,36 +44,32 @@ def binary_frame(payload: bytes) -> bytes:
     return b"\x82" + text_frame(payload)[1:]
 
 
-class Run:
+class Run(msgspec.Struct, gc=False):
     """Consecutive messages of one turn for one set of sinks, under one slow-consumer policy."""
 
-    __slots__ = ("_joined", "frames", "payloads", "policy", "targets", "topic")
-
-    def __init__(self, targets: Sequence[Sink], policy: SlowPolicy, topic: str) -> None:
-        self.targets = targets
-        self.policy: SlowPolicy = policy
-        self.topic = topic
-        self.frames: list[bytes] = []
-        self.payloads: list[bytes] = []
-        self._joined: bytes | None = None
+    targets: Sequence[Sink]
+    policy: SlowPolicy
+    topic: str
+    frames: list[bytes]
 
     def joined(self) -> bytes:
-        """All frames of the run as the bytes of one write; computed once for all its sinks."""
-        if self._joined is None:
-            self._joined = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-        return self._joined
+        """All frames of the run as the bytes of one write."""
+        return self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
 
 
 class Sink(Protocol):
     """Where a client's frames go; see ``workers/sinks.py`` for the two kinds."""
 
-    pending: list[Run] | None
+    #: What one turn owes it, while the turn is written: one chunk, or several.
+    pending: bytes | list[bytes] | None
+    #: Writes whole frames to the kernel, now; None while that must wait, or is not possible.
+    direct: Callable[[bytes], object] | None
 
-    def write_run(self, run: Run) -> None:
-        """Send all of one run, now; what the client does not take waits, within the bound."""
+    def write(self, data: bytes) -> None:
+        """Send whole frames; what the client does not take waits, within the bound."""
 
-    def write_runs(self, runs: list[Run]) -> None:
-        """The same for several runs, in their order."""
+    def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
+        """The same for frames that may be dropped, each by itself, if the client is behind."""
 
     def overdue(self, now: float) -> bool:
         """Called while the sink waits for its client; returns False when it need not be watched any more."""
@@ -107,27 +105,20 @@ class Fanout:
         self, targets: Sequence[Sink], payload: bytes, policy: SlowPolicy = "close", topic: str = ""
     ) -> None:
         """Owe ``payload`` (UTF-8 text) to every sink of ``targets``; written when this turn of the loop ends."""
-        self.send_frame(targets, text_frame(payload), payload, policy, topic)
+        self.send_frame(targets, text_frame(payload), policy, topic)
 
     def send_frame(
-        self,
-        targets: Sequence[Sink],
-        frame: bytes,
-        payload: bytes,
-        policy: SlowPolicy = "close",
-        topic: str = "",
+        self, targets: Sequence[Sink], frame: bytes, policy: SlowPolicy = "close", topic: str = ""
     ) -> None:
         """As :meth:`send` with the frame made by the caller; ``targets`` must not change afterwards."""
-        run = self._last
-        if run is None or run.targets is not targets or run.topic != topic:
-            if not targets:
-                return
+        last = self._last
+        if last is not None and last.targets is targets and last.topic == topic:
+            last.frames.append(frame)
+        elif targets:
             if not self._runs:
                 self.loop.call_soon(self._end_of_turn)
-            run = self._last = Run(targets, policy, topic)
-            self._runs.append(run)
-        run.frames.append(frame)
-        run.payloads.append(payload)
+            last = self._last = Run(targets, policy, topic, [frame])
+            self._runs.append(last)
         self._turn_bytes += len(frame)
         if self._turn_bytes > MAX_TURN_BYTES:
             self.crowded = True
@@ -146,33 +137,53 @@ class Fanout:
         self._last = None
         self._turn_bytes = 0
         if len(runs) == 1:
-            run = runs[0]
-            self._count(run)
+            self._write_run(runs[0])
+        else:
+            self._write_runs(runs)
+
+    def _write_run(self, run: Run) -> None:
+        """The only run of a turn: the same bytes for all."""
+        data = self._counted(run)
+        if run.policy != "close":
             for sink in run.targets:
-                sink.write_run(run)
+                sink.write_each(run.frames, run.policy, run.topic)
             return
+        for sink in run.targets:
+            direct = sink.direct
+            if direct is not None:
+                direct(data)
+            else:
+                sink.write(data)
+
+    def _write_runs(self, runs: list[Run]) -> None:
+        """Several runs: each client's are put together in sequence, so that it is written once."""
         touched: list[Sink] = []
         for run in runs:
-            self._count(run)
+            data = self._counted(run)
+            drops = run.policy != "close"
             for sink in run.targets:
-                if sink.pending is None:
-                    sink.pending = [run]
+                if drops and sink.direct is None:
+                    _write_pending(sink)
+                    sink.write_each(run.frames, run.policy, run.topic)
+                    continue
+                pending = sink.pending
+                if pending is None:
+                    sink.pending = data
                     touched.append(sink)
+                elif type(pending) is list:
+                    pending.append(data)
                 else:
-                    sink.pending.append(run)
+                    sink.pending = [pending, data]  # type: ignore[list-item]
         for sink in touched:
-            mine = sink.pending or []
-            sink.pending = None
-            if len(mine) == 1:
-                sink.write_run(mine[0])
-            else:
-                sink.write_runs(mine)
+            _write_pending(sink)
 
-    def _count(self, run: Run) -> None:
+    def _counted(self, run: Run) -> bytes:
+        data = run.joined()
         sinks = len(run.targets)
         self.messages += len(run.frames)
         self.deliveries += sinks * len(run.frames)
-        self.bytes += sinks * len(run.joined())
+        self.bytes += sinks * len(data)
+        return data
 
     def watch(self, sink: Sink) -> None:
         """Look at ``sink`` every :data:`WATCH_INTERVAL` until its ``overdue`` says there is no more need."""
@@ -193,6 +204,17 @@ class Fanout:
             if not sink.overdue(now):
                 self._watched.pop(sink, None)
         self._watch_timer = self.loop.call_later(WATCH_INTERVAL, self._look) if self._watched else None
+
+
+def _write_pending(sink: Sink) -> None:
+    pending, sink.pending = sink.pending, None
+    if pending is not None:
+        data = b"".join(pending) if type(pending) is list else pending
+        direct = sink.direct
+        if direct is not None:
+            direct(data)  # type: ignore[arg-type]
+        else:
+            sink.write(data)  # type: ignore[arg-type]
 
 
 _local = threading.local()

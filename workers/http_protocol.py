@@ -13,6 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from workers.deadlines import Deadlines
 from workers.limited_protocol import nothing
 
 #: Key in a request's extensions that says that its response has no end.
@@ -37,14 +38,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = False
         self._changed: Callable[[], None] = getattr(server_state, "changed", nothing)
-        self._handshake_timer: asyncio.TimerHandle | None = None
+        self._deadlines = _handshakes(server_state, self.loop)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_handshake_timer()
+        self._deadlines.set(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_handshake_timer()
+        self._deadlines.clear(self)
         super().connection_lost(exc)
         self._changed()
 
@@ -58,19 +59,10 @@ class HttpProtocol(HttpToolsProtocol):
     @property
     def handshaking(self) -> bool:
         """True while the head of a request is awaited or has begun to arrive."""
-        return self._handshake_timer is not None
+        return self in self._deadlines
 
-    def _start_handshake_timer(self) -> None:
-        if self._handshake_timer is None:
-            self._handshake_timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._handshake_overdue)
-
-    def _cancel_handshake_timer(self) -> None:
-        if self._handshake_timer is not None:
-            self._handshake_timer.cancel()
-            self._handshake_timer = None
-
-    def _handshake_overdue(self) -> None:
-        self._handshake_timer = None
+    def overdue(self) -> None:
+        """No request has arrived in time."""
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -84,12 +76,32 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head = True
         self._head_bytes = 0
-        self._start_handshake_timer()
+        if self not in self._deadlines:
+            self._deadlines.set(self)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._cancel_handshake_timer()
+        self._deadlines.clear(self)
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             raise ValueError("request head over the limit")  # the parser turns it into a 400
         super().on_headers_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        """The connection goes on as a WebSocket: its protocol gets the head that was read here."""
+        self.connections.discard(self)
+        protocol: Any = self.ws_protocol_class(  # type: ignore[misc, call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.app_state, _loop=self.loop
+        )
+        protocol.connection_made(self.transport)
+        self.transport.set_protocol(protocol)
+        protocol.begin(self.scope["method"], self.scope["http_version"], self.url, self.headers)
+
+
+def _handshakes(server_state: ServerState, loop: asyncio.AbstractEventLoop) -> Deadlines[HttpProtocol]:
+    """The deadlines of all connections of one server that have not said what they want."""
+    state: Any = server_state
+    if not hasattr(state, "handshakes"):
+        state.handshakes = Deadlines(loop, HANDSHAKE_TIMEOUT, HttpProtocol.overdue)
+    found: Deadlines[HttpProtocol] = state.handshakes
+    return found

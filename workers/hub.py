@@ -11,11 +11,14 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl
 
+from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ipc.store_records import StoreError
@@ -50,18 +53,35 @@ def create_hub(manager: WebSocketManager | None = None, hooks: CentrifugeHooks |
     Raises:
         ValueError: no manager, and not under the supervisor.
     """
-    hub = _Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None, hooks=hooks)
-    return Starlette(
-        routes=[
-            WebSocketRoute("/ws", hub.plain),
-            WebSocketRoute("/ws/{conn_id}", hub.plain),
-            WebSocketRoute("/connection/websocket", hub.centrifuge.serve),
-            Route("/events", hub.events),
-            Route("/healthz", hub.healthz),
-            Route("/readyz", hub.readyz),
-        ],
-        lifespan=hub.lifespan,
-    )
+    return _HubApplication(_Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None, hooks=hooks))
+
+
+class _HubApplication(Starlette):
+    """The routes, with a short way for the handshakes of the plain protocol: connecting is most of what they do."""
+
+    def __init__(self, hub: _Hub) -> None:
+        self._hub = hub
+        super().__init__(
+            routes=[
+                WebSocketRoute("/ws", hub.plain),
+                WebSocketRoute("/ws/{conn_id}", hub.plain),
+                WebSocketRoute("/connection/websocket", hub.centrifuge.serve),
+                Route("/events", hub.events),
+                Route("/healthz", hub.healthz),
+                Route("/readyz", hub.readyz),
+            ],
+            lifespan=hub.lifespan,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not self.user_middleware:
+            path = get_route_path(scope)
+            conn_id = path[4:] if path.startswith("/ws/") else None
+            if path == "/ws" or (conn_id and "/" not in conn_id):
+                scope["path_params"] = {} if conn_id is None else {"conn_id": conn_id}
+                await self._hub.plain(WebSocket(scope, receive, send))
+                return
+        await super().__call__(scope, receive, send)
 
 
 class _Hub:
@@ -94,17 +114,27 @@ class _Hub:
             await _refuse(websocket, 400, f"a conn_id has at most {MAX_CONN_ID_BYTES} bytes")
             return
         connection = self._register(websocket, conn_id)
-        query = websocket.query_params
-        feed = None
-        if query.get("envelope") in ("1", "true"):
-            feed = connection.feed = EnvelopeFeed(manager, connection)
-        subscribe_at_connect(manager, connection, query.getlist("topic"))
-        if feed is not None:
-            await feed.begin(sorted(connection.topics), query.get("since"))
+        query = websocket.scope["query_string"]
+        if query:
+            await self._begin(connection, parse_qsl(query.decode("latin-1"), True))
         await manager.accept(connection)
         session = PlainSession(manager, connection)
-        if not connection.serve(session.on_message):
+        if connection.serve(session.on_message):
+            if self._own:
+                connection.forget_request()
+        else:
             await _serve_asgi(manager, connection, session)
+
+    async def _begin(self, connection: Connection, query: list[tuple[str, str]]) -> None:
+        """What a handshake asks for: topics, envelopes, and what was missed since a position."""
+        topics = [value for name, value in query if name == "topic"]
+        wishes = dict(query)
+        if wishes.get("envelope") in ("1", "true"):
+            feed = connection.feed = EnvelopeFeed(self._manager, connection)
+            subscribe_at_connect(self._manager, connection, topics)
+            await feed.begin(sorted(connection.topics), wishes.get("since"))
+        else:
+            subscribe_at_connect(self._manager, connection, topics)
 
     def _register(self, websocket: WebSocket, conn_id: str | None) -> Connection:
         if conn_id is not None:

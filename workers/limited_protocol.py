@@ -1,4 +1,4 @@
-"""uvicorn's WebSocket protocol with the limits and endings that every connection needs, whoever serves it.
+"""uvicorn's WebSocket protocol with a lean handshake, and the limits and endings that every connection needs.
 
 The socket side of a connection, beneath ``workers/protocol.py``, which adds the fast path. ``websockets``' sans-I/O
 parser reads the frames here. Bounds that uvicorn has not: fragments of a message, bytes of pongs for a client that
@@ -11,23 +11,23 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import random
 import struct
 import termios
 from asyncio.transports import BaseTransport
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import Config
-from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.protocols.utils import ClientDisconnected, get_remote_addr
 from uvicorn.server import ServerState
 from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
-from websockets.http11 import Request
 
 from workers.codes import closing
 from workers.fanout import current_fanout
+from workers.keepalive import keepalive_of
+from workers.lean_protocol import LeanProtocol
 
 logger = logging.getLogger("workers")
 
@@ -50,8 +50,22 @@ HOLD_ANSWERS: Final = 8
 _int: Final = struct.Struct("i")
 
 
-class LimitedProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's sans-I/O WebSocket protocol with limits, and a clean end in all cases."""
+class LimitedProtocol(LeanProtocol):
+    """The lean protocol with limits, a keepalive, and a clean end in all cases."""
+
+    curr_msg_data_type: Literal["text", "bytes"] = "bytes"
+    pending_ping_payload = None
+    ping_sent_at = 0.0
+    _fragments: bytearray | None = None
+    _fragment_count = 0
+    _parsing = False
+    _failed = False
+    _holds = 0
+    _released_at = 0.0
+    _app_closed = False
+    _close: tuple[int, str] | None = None
+    _drain_close: tuple[int, str] | None = None
+    _abort_timer: asyncio.TimerHandle | None = None
 
     def __init__(
         self,
@@ -61,20 +75,13 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.close_timeout = CLOSE_TIMEOUT
         self._traffic = current_fanout()
-        self._changed: Callable[[], None] = getattr(server_state, "changed", nothing)
-        self._max_fragments = FREE_FRAGMENTS + config.ws_max_size // 64
-        self._fragments = bytearray()
-        self._fragment_count = 0
-        self._parsing = True
-        self._failed = False
-        self._holds = 0
-        self._released_at = 0.0
-        self._app_closed = False
-        self._close: tuple[int, str] | None = None
-        self._drain_close: tuple[int, str] | None = None
-        self._abort_timer: asyncio.TimerHandle | None = None
+        self._keepalive = keepalive_of(server_state, config, self.loop)
+
+    @property
+    def close_timeout(self) -> float:  # type: ignore[override]
+        """Seconds a closing client has to answer."""
+        return CLOSE_TIMEOUT
 
     # For the subclass.
 
@@ -94,6 +101,11 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
     def ended(self, code: int, reason: str) -> None:
         """The connection is over, or will be once the closing handshake is done. May be called again."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether no application waits for messages any more."""
+        return False
 
     @property
     def is_behind(self) -> bool:
@@ -127,6 +139,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     async def receive(self) -> Any:
+        if not self._connect_told:
+            self._connect_told = True
+            return {"type": "websocket.connect"}
         message = await self.queue.get()
         self._released_at = self.loop.time()
         if self.read_paused and self.queue.empty():
@@ -137,7 +152,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
     # --- in ---------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: BaseTransport) -> None:
-        super().connection_made(transport)
+        self.transport = cast("asyncio.Transport", transport)
+        self.client = get_remote_addr(self.transport)
+        self.connections.add(self)
         self._traffic.connections += 1
 
     def data_received(self, data: bytes) -> None:
@@ -163,11 +180,9 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
 
     def handle_events(self) -> None:
         for event in self.conn.events_received():
-            if isinstance(event, Request):
-                self.handle_connect(event)
-            elif not isinstance(event, Frame):
-                continue  # responses are for clients
-            elif event.opcode is Opcode.TEXT:
+            if not isinstance(event, Frame):
+                continue  # requests and responses belong to the handshake
+            if event.opcode is Opcode.TEXT:
                 self.handle_text(event)
             elif event.opcode is Opcode.BINARY:
                 self.handle_bytes(event)
@@ -194,19 +209,20 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         if event.fin:
             self._message(bytes(event.data))
         else:
-            self._fragments += event.data
+            self._fragments = bytearray(event.data)
             self._fragment_count = 1
 
     def handle_cont(self, event: Frame) -> None:
         # One buffer, not a list: a flood of tiny fragments costs its bytes and no objects.
+        self._fragments = self._fragments or bytearray()
         self._fragments += event.data
         self._fragment_count += 1
         if event.fin:
             data = bytes(self._fragments)
-            self._fragments = bytearray()
+            self._fragments = None
             self._fragment_count = 0
             self._message(data)
-        elif self._fragment_count > self._max_fragments:
+        elif self._fragment_count > FREE_FRAGMENTS + self.config.ws_max_size // 64:
             self.fail(1009, "too many fragments")
 
     def _message(self, data: bytes) -> None:
@@ -252,12 +268,17 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         if self.close_sent and self.handshake_complete and not self._app_closed:
             raise ClientDisconnected  # it is we who closed; the application could not know
-        await super().send(message)
-        if self.handshake_complete:
+        if self.initial_response is not None and not self.close_sent:
+            self._answer_denial(message)
+            return
+        if not self.handshake_complete:
+            self._answer_handshake(message)
             self._changed()
+            return
+        await super().send(message)
         if message["type"] == "websocket.close" and self.close_sent:
             self._app_closed = True
-            self._cut_later()
+            self.cut_later()
 
     # --- the end ----------------------------------------------------------------------------------------
 
@@ -286,10 +307,10 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         self._holds = 0
         self.read_paused = False
         self.transport.resume_reading()
-        self._cut_later()
+        self.cut_later()
         self.ended(code, reason)
 
-    def _cut_later(self) -> None:
+    def cut_later(self) -> None:
         if self._abort_timer is None and not self.disconnected:
             self._abort_timer = self.loop.call_later(self.close_timeout, self.transport.abort)
 
@@ -302,7 +323,7 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         self.ended(code, reason)
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.transport.close()
-        self._cut_later()
+        self.cut_later()
 
     def fail(self, code: int, reason: str) -> None:
         """Fail the connection (RFC 6455 section 7.1.7)."""
@@ -333,22 +354,56 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
         else:
             self.transport.close()
-        self._cut_later()
+        self.cut_later()
+
+    def start_keepalive(self) -> None:
+        """A ping is due in a while."""
+        self._keepalive.pings.set(self)
+
+    def stop_keepalive(self) -> None:
+        self._keepalive.pings.clear(self)
+        self._keepalive.pongs.clear(self)
+
+    def ping(self) -> None:
+        """Ask whether the client still lives (RFC 6455 section 5.5.2)."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        payload = random.randbytes(4)
+        self.pending_ping_payload = payload
+        self.ping_sent_at = self.loop.time()
+        self.transport.write(b"\x89\x04" + payload)
+        if self._keepalive.pongs.seconds:
+            self._keepalive.pongs.set(self)
+        else:
+            self._keepalive.pings.set(self)
+
+    def handle_pong(self, event: Frame) -> None:
+        self.pong(bytes(event.data))
+
+    def pong(self, payload: bytes) -> None:
+        """The client lives, if this answers our ping; any other pong means nothing."""
+        if payload == self.pending_ping_payload:
+            self.pending_ping_payload = None
+            self._keepalive.pongs.clear(self)
+            self._keepalive.pings.set(self)
 
     def keepalive_timeout(self) -> None:
         """No pong in time. The deadline stands still while it is we who do not read, or what the client was sent
         before our ping is still on its way; then the write deadline judges it."""
-        if self._holds & ~HOLD_PONGS or self.read_paused or self.is_behind:
-            self.pong_timer = self.loop.call_later(self.ping_timeout or 1.0, self.keepalive_timeout)
-            return
+        timeout = self._keepalive.pongs.seconds
+        excused = self._holds & ~HOLD_PONGS or self.read_paused or self.is_behind
         quiet = self.loop.time() - max(self._released_at, self.ping_sent_at)
-        if self.ping_timeout is not None and quiet < self.ping_timeout * 0.99:
-            self.pong_timer = self.loop.call_later(self.ping_timeout - quiet, self.keepalive_timeout)
-            return
-        self._close = self._close or (1011, "keepalive ping timeout")
-        self.ended(*self._close)
-        super().keepalive_timeout()
-        self._cut_later()
+        if excused or quiet < timeout * 0.99:
+            self._keepalive.pongs.set(self)
+        elif not (self.close_sent or self.transport.is_closing()):
+            self._failed = True
+            self._close = self._close or (1011, "keepalive ping timeout")
+            self.conn.fail(*self._close)
+            self.ended(*self._close)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+            self.transport.close()
+            self.cut_later()
 
     def use_codes(self, drain: tuple[int, str], too_big: tuple[int, str], pings: bool) -> None:
         """Codes of a protocol of its own: for a drain, and for a message that is too large; without our pings if it
@@ -383,7 +438,17 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
-        super().connection_lost(exc)
+        self.stop_keepalive()
+        if self._queue is not None or not self.handshake_complete or not self.kept:
+            code = 1005 if self.handshake_complete else 1006
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
+        self.connections.discard(self)
+        self.handshake_complete = True
+        self.disconnected = True
+        if self._writable is not None:
+            self._writable.set()
+        if exc is None:
+            self.transport.close()
         self.ended(*self._close)
         self._traffic.connections -= 1
         self._changed()
@@ -414,11 +479,7 @@ class LimitedProtocol(WebSocketsSansIOProtocol):
             logger.error("the application should return None, but returned %r", result)
         if self._abort_timer is None:
             self.transport.close()
-            self._cut_later()
-
-    def peer_name(self) -> str:
-        """The client's address for a log line."""
-        return f"{self.client[0]}:{self.client[1]}" if self.client else "an unnamed peer"
+            self.cut_later()
 
 
 def nothing() -> None:

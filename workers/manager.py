@@ -438,7 +438,7 @@ class WebSocketManager(Keeping):
                 if targets:
                     data = envelope.data
                     fanout.send_frame(
-                        targets, text_frame(data), data, "close" if policy is None else policy(topic), topic
+                        targets, text_frame(data), "close" if policy is None else policy(topic), topic
                     )
             elif kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)

@@ -11,13 +11,11 @@ plain Starlette ``WebSocket`` never does, and gets ASGI to the letter.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from uvicorn.config import Config
+from starlette.websockets import WebSocket
 from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.server import ServerState
 
 from workers.fanout import binary_frame, current_fanout, text_frame
 from workers.limited_protocol import HOLD_INBOX, LimitedProtocol, is_utf8
@@ -39,22 +37,13 @@ Closed = Callable[[int, str], None]
 class WebSocketProtocol(LimitedProtocol):
     """The protocol of our workers: a fast path, and the hand-over to a connection of ours."""
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self._max_size = config.ws_max_size
-        self._sink: SocketSink | None = None
-        self._handler: Handler | None = None
-        self._untaken: Untaken | None = None
-        self._on_closed: Closed | None = None
-        self._opened = False
-        self._kept = False
-        self._partial = b""
+    _sink: SocketSink | None = None
+    _handler: Handler | None = None
+    _untaken: Untaken | None = None
+    _on_closed: Closed | None = None
+    _opened = False
+    _kept = False
+    _partial = b""
 
     # --- the connection of ours -------------------------------------------------------------------
 
@@ -96,8 +85,8 @@ class WebSocketProtocol(LimitedProtocol):
         ``untaken`` returns, and all later ones. False: the client has gone already.
         """
         waiting = []
-        while not self.queue.empty():
-            waiting.append(self.queue.get_nowait())
+        while self._queue is not None and not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
         self._handler, self._untaken = handler, untaken
         for event in waiting:
             if event["type"] != "websocket.receive":
@@ -111,7 +100,7 @@ class WebSocketProtocol(LimitedProtocol):
         if self.read_paused:
             self.read_paused = False
             self.read_on()
-        return self.queue.empty() and not self.disconnected
+        return (self._queue is None or self._queue.empty()) and not self.disconnected
 
     def _give_back(self) -> None:
         """Somebody reads by ASGI after all: to the queue with what was not taken, and what comes."""
@@ -129,6 +118,10 @@ class WebSocketProtocol(LimitedProtocol):
     def keep(self) -> None:
         """The ASGI application may return without ending the connection, which is served by the handler alone."""
         self._kept = True
+
+    @property
+    def kept(self) -> bool:
+        return self._kept
 
     def read_on(self) -> None:
         if self._partial and not self._holds:
@@ -159,10 +152,12 @@ class WebSocketProtocol(LimitedProtocol):
         """The fast path: whole, final, unextended, masked text and binary frames (RFC 6455 section 5.2)."""
         at = 0
         end = len(data)
+        max_size = self.config.ws_max_size
+        traffic = self._traffic
         while end - at >= 6:
             kind = data[at]
             size = data[at + 1] ^ 0x80
-            if (kind != 0x81 and kind != 0x82) or size > 126:
+            if (kind != 0x81 and kind != 0x82 and kind != 0x8A) or size > 126:
                 break  # control, fragment, extension, unmasked or huge: not for us
             start = at + 6
             if size == 126:
@@ -171,7 +166,7 @@ class WebSocketProtocol(LimitedProtocol):
                 size = data[at + 2] << 8 | data[at + 3]
                 start = at + 8
             stop = start + size
-            if size > self._max_size:
+            if size > max_size:
                 break
             if stop > end:
                 if stop - at <= MAX_PARTIAL:
@@ -180,11 +175,14 @@ class WebSocketProtocol(LimitedProtocol):
                 break
             payload = apply_mask(data[start:stop], data[start - 4 : start])
             at = stop
-            if kind == 0x81 and not is_utf8(payload):
+            if kind == 0x8A:
+                self.pong(payload)
+                continue
+            if kind == 0x81 and not payload.isascii() and not is_utf8(payload):
                 self.fail(1007, "invalid UTF-8")
                 return
-            self._traffic.messages_in += 1
-            self._traffic.bytes_in += size
+            traffic.messages_in += 1
+            traffic.bytes_in += size
             handler(payload, kind == 0x81)
             if self._holds or self._handler is not handler or self._close is not None:
                 break
@@ -199,12 +197,6 @@ class WebSocketProtocol(LimitedProtocol):
             self.data_received(rest)
         else:
             self.parse(rest)
-
-    def handle_connect(self, event: Any) -> None:
-        super().handle_connect(event)
-        if self.response.status_code == 101:
-            extensions: Any = self.scope["extensions"]
-            extensions["flockwire"] = self
 
     def take_message(self, data: bytes, is_text: bool) -> None:
         if self._handler is not None:
@@ -252,7 +244,7 @@ class WebSocketProtocol(LimitedProtocol):
             frame = (
                 binary_frame(data) if data is not None else text_frame((message.get("text") or "").encode())
             )
-            current_fanout().send_frame((sink,), frame, b"")
+            current_fanout().send_frame((sink,), frame)
         elif kind == "websocket.close":
             self.close(message.get("code", 1000), message.get("reason") or "")
             self._app_closed = True
@@ -291,3 +283,32 @@ class WebSocketProtocol(LimitedProtocol):
             self.close(1000)
         else:
             super().returned(result)
+
+
+def our_protocol(websocket: WebSocket) -> WebSocketProtocol | None:
+    """The protocol object beneath ``websocket``, if nothing between it and the endpoint has wrapped ASGI."""
+    protocol = protocol_beneath(websocket)
+    if (
+        protocol is None
+        or websocket._receive != protocol.receive
+        or _innermost(websocket._send) != protocol.send
+    ):
+        return None
+    return protocol
+
+
+def protocol_beneath(websocket: WebSocket) -> WebSocketProtocol | None:
+    """The protocol object of our own server, whatever has been wrapped around it."""
+    protocol = (websocket.scope.get("extensions") or {}).get("flockwire")
+    return protocol if isinstance(protocol, WebSocketProtocol) else None
+
+
+def _innermost(send: Any) -> Any:
+    """``send`` without the wrapper of Starlette's own exception handling, which only watches HTTP responses."""
+    while (
+        getattr(send, "__qualname__", "")
+        == "wrap_app_handling_exceptions.<locals>.wrapped_app.<locals>.sender"
+    ):
+        cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
+        send = cells["send"].cell_contents
+    return send

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from workers.backlog import Backlog as Backlog
 from workers.backlog import Waiting as Waiting
-from workers.fanout import Fanout, Run, SlowPolicy, text_frame
+from workers.fanout import Fanout, SlowPolicy, text_frame
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from workers.protocol import WebSocketProtocol
 
 logger = logging.getLogger("workers")
+
+#: How a plain client that reads too slowly is closed.
+SLOW_CLOSE: Final = (1013, "slow consumer")
 
 
 class SocketSink:
@@ -44,6 +47,7 @@ class SocketSink:
         "_stuck",
         "_waiters",
         "closed",
+        "direct",
         "fanout",
         "max_backlog",
         "pending",
@@ -63,11 +67,12 @@ class SocketSink:
         self._stuck: SlowPolicy = "close"
         self._extra = 0
         self._waiters: list[asyncio.Future[None]] | None = None
-        self.pending: list[Run] | None = None
+        self.pending: bytes | list[bytes] | None = None
+        self.direct: Callable[[bytes], object] | None = None
         self.closed = False
         self.max_backlog = max_backlog
         self.write_timeout = write_timeout
-        self.slow_close = (1013, "slow consumer")
+        self.slow_close = SLOW_CLOSE
 
     @property
     def backlog_bytes(self) -> int:
@@ -79,22 +84,21 @@ class SocketSink:
         """The handshake is answered: what was held leaves now."""
         self._resume()
 
-    def write_run(self, run: Run) -> None:
-        if self._backlog is None:
-            if not self.closed:
-                self._protocol.write(run.joined())
-                self._stuck = run.policy
-        else:
-            self._wait(run)
+    def write(self, data: bytes) -> None:
+        if self._backlog is not None:
+            self._add(Waiting(data))
+        elif not self.closed:
+            self._protocol.write(data)
 
-    def write_runs(self, runs: list[Run]) -> None:
+    def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         if self._backlog is None:
-            if not self.closed:
-                self._protocol.write(b"".join([run.joined() for run in runs]))
-                self._stuck = next((run.policy for run in runs if run.policy == "close"), runs[0].policy)
+            self._stuck = policy
+            self.write(b"".join(frames))
+            if self._backlog is None:
+                self._stuck = "close"
         else:
-            for run in runs:
-                self._wait(run)
+            for frame in frames:
+                self._add(Waiting(frame, policy, topic))
 
     @property
     def flowing(self) -> bool:
@@ -109,13 +113,7 @@ class SocketSink:
 
     def push(self, payload: bytes) -> None:
         """One text message, before anything that this turn of the loop still owes."""
-        frame = text_frame(payload)
-        if self._backlog is None:
-            if not self.closed:
-                self._protocol.write(frame)
-                self._stuck = "close"
-        else:
-            self._add(Waiting(frame))
+        self.write(text_frame(payload))
 
     def push_extra(self, payload: bytes) -> None:
         """As :meth:`push`, for a large answer that is not held against the client: the bound is so much higher until
@@ -125,23 +123,13 @@ class SocketSink:
         self.max_backlog += len(frame)
         if self._backlog is not None:
             self._backlog.limit = self.max_backlog
-            self._add(Waiting(frame))
-        elif not self.closed:
-            self._protocol.write(frame)
-            self._stuck = "close"
+        self.write(frame)
         if self._backlog is None:
             self._end_extra()
 
     def _end_extra(self) -> None:
         self.max_backlog -= self._extra
         self._extra = 0
-
-    def _wait(self, run: Run) -> None:
-        if run.policy == "close":
-            self._add(Waiting(run.joined()))
-        else:
-            for frame in run.frames:
-                self._add(Waiting(frame, run.policy, run.topic))
 
     def _add(self, item: Waiting) -> None:
         backlog = self._backlog
@@ -155,6 +143,7 @@ class SocketSink:
 
     def blocked(self) -> None:
         """The transport holds bytes that the kernel did not take."""
+        self.direct = None
         if self._backlog is None and not self.closed:
             self._backlog = Backlog(self.max_backlog, joins=True)
             self._progress = (asyncio.get_running_loop().time(), self._protocol.unsent())
@@ -172,6 +161,8 @@ class SocketSink:
             self._stuck = "close" if backlog.kept else "drop_oldest"
             self._protocol.write(b"".join(backlog.take()))
         if self._backlog is None:
+            self._stuck = "close"
+            self.direct = self._protocol.transport.write
             self.fanout.unwatch(self)
             self._end_extra()
             self._wake()
@@ -210,6 +201,7 @@ class SocketSink:
         code, reason = self.slow_close
         self.fanout.slow_closed += 1
         logger.warning("connection from %s closed as slow (%d): %s", self._protocol.peer_name(), code, why)
+        self.direct = None
         # What still waits is given up; the frame that is half out stays whole, the close frame follows it.
         self._backlog = Backlog(self.max_backlog, joins=True)
         self._protocol.close(code, reason)
@@ -217,6 +209,7 @@ class SocketSink:
     def close(self) -> None:
         """Take nothing more. The protocol writes the close frame."""
         self.closed = True
+        self.direct = None
         self.fanout.unwatch(self)
         self._wake()
 
@@ -241,6 +234,7 @@ class AsgiSink:
         "_waiters",
         "_websocket",
         "closed",
+        "direct",
         "fanout",
         "max_backlog",
         "pending",
@@ -266,11 +260,12 @@ class AsgiSink:
         self._waiters: list[asyncio.Future[None]] | None = None
         self._on_gone = on_gone
         self._closing = False
-        self.pending: list[Run] | None = None
+        self.pending: bytes | list[bytes] | None = None
+        self.direct: Callable[[bytes], object] | None = None
         self.closed = False
         self.max_backlog = max_backlog
         self.write_timeout = write_timeout
-        self.slow_close = (1013, "slow consumer")
+        self.slow_close = SLOW_CLOSE
 
     @property
     def backlog_bytes(self) -> int:
@@ -282,13 +277,14 @@ class AsgiSink:
         self._held = False
         self._start()
 
-    def write_run(self, run: Run) -> None:
-        for payload in run.payloads:
-            self._add(Waiting(payload, run.policy, run.topic))
+    def write(self, data: bytes) -> None:
+        for payload in payloads(data):
+            self._add(Waiting(payload))
 
-    def write_runs(self, runs: list[Run]) -> None:
-        for run in runs:
-            self.write_run(run)
+    def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
+        for frame in frames:
+            for payload in payloads(frame):
+                self._add(Waiting(payload, policy, topic))
 
     @property
     def flowing(self) -> bool:
@@ -394,6 +390,20 @@ class AsgiSink:
         self.closed = True
         self.fanout.unwatch(self)
         self._wake()
+
+
+def payloads(frames: bytes) -> Iterator[bytes]:
+    """The payloads of frames of our own making: whole, final, not masked."""
+    at = 0
+    while at < len(frames):
+        size = frames[at + 1]
+        at += 2
+        if size >= 126:
+            width = 2 if size == 126 else 8
+            size = int.from_bytes(frames[at : at + width], "big")
+            at += width
+        yield frames[at : at + size]
+        at += size
 
 
 AnySink = SocketSink | AsgiSink

@@ -252,21 +252,21 @@ _thorough = settings(
 )
 
 
-class TestStore(StoreMachine.TestCase):
+class TestStore(StoreMachine.TestCase):  # type: ignore[valid-type, misc]
     settings = _quick
 
 
-class TestStoreInSmallSteps(SmallStepsMachine.TestCase):
+class TestStoreInSmallSteps(SmallStepsMachine.TestCase):  # type: ignore[valid-type, misc]
     settings = _quick
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-class TestStoreLong(StoreMachine.TestCase):
+class TestStoreLong(StoreMachine.TestCase):  # type: ignore[valid-type, misc]
     settings = _thorough
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-class TestStoreInSmallStepsLong(SmallStepsMachine.TestCase):
+class TestStoreInSmallStepsLong(SmallStepsMachine.TestCase):  # type: ignore[valid-type, misc]
     settings = _thorough

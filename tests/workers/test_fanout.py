@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import run
-from workers.fanout import MAX_TURN_BYTES, Fanout, Run, binary_frame, text_frame
+from workers.fanout import MAX_TURN_BYTES, Fanout, SlowPolicy, binary_frame, text_frame
 from workers.sinks import Backlog, Waiting
 
 
@@ -17,15 +18,15 @@ class Recorder:
     """A sink that keeps what it was given."""
 
     def __init__(self) -> None:
-        self.pending: list[Run] | None = None
+        self.pending: bytes | list[bytes] | None = None
+        self.direct: Callable[[bytes], object] | None = None
         self.writes: list[bytes] = []
-        self.closed = False
 
-    def write_run(self, run: Run) -> None:
-        self.writes.append(run.joined())
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
 
-    def write_runs(self, runs: list[Run]) -> None:
-        self.writes.append(b"".join(run.joined() for run in runs))
+    def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
+        self.writes.append(b"".join(frames))
 
     def overdue(self, now: float) -> bool:
         return False

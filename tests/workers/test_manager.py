@@ -450,11 +450,12 @@ def test_before_startup() -> None:
     async def main() -> None:
         with runtime_dir() as path:
             m = WebSocketManager("c", f"ipc://{path}")
-            for send in (
+            sends: list[Callable[[], Any]] = [
                 lambda: m.send("t", 1),
                 lambda: m.broadcast(1),
                 lambda: m.send_by_conn_id("c", 1),
-            ):
+            ]
+            for send in sends:
                 with pytest.raises(RuntimeError, match="startup"):
                     send()
             m.send("t", 1, local=True)

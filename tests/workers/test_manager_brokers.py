@@ -317,7 +317,7 @@ def test_a_redis_that_comes_back_finds_the_manager_again(tmp_path: Path) -> None
         async with serving(application, broker=server.url, channel="chat") as live:
             client = await live.client("/c?topic=t")
             server.stop()
-            await until_async(lambda: not live.manager.broker.listening, 5.0)  # type: ignore[attr-defined]
+            await until_async(lambda: not live.manager.broker.listening, 5.0)  # type: ignore[attr-defined, arg-type, return-value]
             server.start()
             await until_async(lambda: live.manager.broker.listening, 10.0)  # type: ignore[attr-defined]
             await live.manager.send("t", {"n": 1})

@@ -495,7 +495,7 @@ def test_a_client_that_we_do_not_read_need_not_answer() -> None:
             client = await live.client("/ws/x")
             (protocol,) = live.protocols
             protocol.hold(HOLD_BUS)
-            await until_async(lambda: live.protocols[0].pong_timer, 3.0)
+            await until_async(lambda: live.protocols[0] in live.protocols[0]._keepalive.pongs, 3.0)
             deadline = asyncio.get_running_loop().time() + 0.5
             await until_async(lambda: asyncio.get_running_loop().time() > deadline, 3.0)
             assert not protocol.transport.is_closing()

@@ -106,7 +106,7 @@ class Wire:
 
     def no_pong(self) -> None:
         """The deadline for a pong, a minute after the ping."""
-        self.protocol.ping_timeout = 10.0
+        self.protocol._keepalive.pongs.seconds = 10.0
         self.protocol.ping_sent_at = self.protocol.loop.time() - 60.0
         self.protocol._released_at = 0.0
         self.protocol.keepalive_timeout()
@@ -156,7 +156,8 @@ async def wire(app: Any = application) -> Wire:
     transport = FakeTransport()
     protocol.connection_made(transport)
     made.append(Wire(protocol, transport))
-    protocol.data_received(upgrade_request())
+    head = [line.split(b": ", 1) for line in upgrade_request().split(b"\r\n")[1:] if line]
+    protocol.begin("GET", "1.1", b"/", [(name.lower(), value) for name, value in head])
     while protocol.handshaking:
         await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -382,7 +383,7 @@ def test_the_pong_deadline_stands_still_while_we_do_not_read(loop: asyncio.Runne
     async def main() -> None:
         w = await wire()
         protocol = w.protocol
-        protocol.ping_timeout = 0.01
+        protocol._keepalive.pongs.seconds = 0.01
         protocol.ping_sent_at = protocol.loop.time() - 60.0
         protocol.hold(HOLD_INBOX)
         protocol.keepalive_timeout()
@@ -401,7 +402,7 @@ def test_the_pong_deadline_stands_still_while_the_ping_is_behind_other_data(loop
     async def main() -> None:
         w = await wire()
         protocol = w.protocol
-        protocol.ping_timeout = 10.0
+        protocol._keepalive.pongs.seconds = 10.0
         protocol.ping_sent_at = protocol.loop.time() - 60.0
         protocol.pause_writing()
         protocol.keepalive_timeout()
