@@ -227,6 +227,10 @@ def test_data_dir_outlives_the_hub(tmp_path: Any) -> None:
     epochs = []
     for ending in ("kill", "stop", "stop"):
         with Hub(workers=2, config=RULES, options=options) as hub:
+            if ending == "kill":
+                with Hub(workers=1, config=RULES, options=options, wait_ready=False) as other:
+                    assert other.wait() == 4
+                    assert "in use by another hub" in other.log()
 
             async def main() -> None:
                 writer = await hub.connect("/ws/w")
