@@ -53,8 +53,9 @@ $(VENV)/.run-is-set-up: pyproject.toml | $(VENV)/bin/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.test-is-set-up: pyproject.toml .ci/system-packages | $(VENV)/bin/python
+$(VENV)/.test-is-set-up: pyproject.toml .ci/system-packages .ci/client-packages tests/clients/package.json | $(VENV)/bin/python
 	@echo "==> packages for the tests"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	@sh .ci/system-packages redis-server
+	@PYTHON=$(abspath $(BIN)/python) sh .ci/client-packages
 	@touch $@ $(VENV)/.run-is-set-up

@@ -78,6 +78,9 @@ class Bus:
         self.inbound.on_control = self._on_control
         board = runtime.board
         self.interest = OwnInterest(board.memory, board.map_offset(slot), self._record.touch)
+        self.on_loss: Callable[[], None] = _nothing
+        """Called when something may have been lost: a gap shows, or a peer is gone."""
+        self.inbound.on_gap = lambda: self.on_loss()
         self._turn: list[tuple[Envelope, bytes | None]] = []
         self._turn_bytes = 0
         self._flush_at = min(FLUSH_BYTES, max(backlog, wire.BATCH_TARGET))
@@ -297,6 +300,7 @@ class Bus:
 
     def _on_change(self, link: Link) -> None:
         self._changed.set()
+        self._loop.call_soon(self.on_loss)
 
     def _on_control(self, header: Header) -> None:
         key = (header.slot, header.epoch)
@@ -352,3 +356,7 @@ class Bus:
                 "%s was removed or replaced while this process uses it: who starts from now on does not see it",
                 self._runtime.path,
             )
+
+
+def _nothing() -> None:
+    pass

@@ -31,6 +31,8 @@ import msgspec
 TOPIC = 0
 BROADCAST = 1
 DIRECT = 2
+JOIN = 3
+LEAVE = 4
 
 MAX_ENVELOPE = 16 * 1024 * 1024
 """Bytes of one envelope on the wire."""
@@ -57,15 +59,19 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     """One message on its way between processes."""
 
     kind: Annotated[int, msgspec.Meta(ge=0, le=255)]
-    """TOPIC, BROADCAST or DIRECT."""
+    """TOPIC, BROADCAST, DIRECT, or JOIN or LEAVE for those who subscribed to exactly ``topic``, a topic or pattern."""
     channel: str
     """The manager's ``broker_channel``; the built-in hub's is ``hub``."""
     topic: str
-    """Empty unless the kind is TOPIC."""
+    """Empty for the kinds BROADCAST and DIRECT."""
     data: bytes
     """The JSON text (UTF-8) that clients will read; never decoded on the way."""
     conn_ids: tuple[str, ...] = ()
     """Whom a DIRECT message is for."""
+    offset: int = 0
+    """Where it stands in the host's log; 0 on a topic without history. The text is in the log too."""
+    info: bytes = b""
+    """The JSON that tells who published it, where that is known."""
 
 
 class FrameKind(IntEnum):

@@ -55,6 +55,8 @@ class Inbound:
     def __init__(self, runtime: RuntimeDir, slot: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.on_control: Callable[[Header], None] = _ignore
         """Called for each control message but TAIL."""
+        self.on_gap: Callable[[], None] = _nothing
+        """Called when the numbering shows that something did not arrive."""
         self._runtime = runtime
         self._board = runtime.board
         self._slot = slot
@@ -194,6 +196,7 @@ class Inbound:
         if gap <= 0:
             return
         self._record.add(Counter.BUS_GAPS, gap)
+        self.on_gap()
         if not sender.complained:
             sender.complained = True
             logger.warning("peer %d.%d: %d messages did not arrive here", header.slot, header.epoch, gap)
@@ -224,4 +227,8 @@ def _claimed_sender(message: bytes) -> tuple[int, int]:
 
 
 def _ignore(header: Header) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Protocol
 
 from ipc.board import INTEREST_BITS
-from ipc.topics import prefix_runs
+from ipc.topics import is_pattern, prefix_run, prefix_runs
 
 _CACHED = 16384
 
@@ -29,6 +29,13 @@ class InterestKind(IntEnum):
     """A conn_id that is connected here."""
     CHANNEL = 3
     """The empty text: this process has a connection on the channel, so broadcasts concern it."""
+
+
+def interest_in(pattern: str) -> tuple[InterestKind, str]:
+    """What a subscription to a topic or pattern looks like in the map."""
+    if is_pattern(pattern):
+        return InterestKind.PREFIX, prefix_run(pattern)
+    return InterestKind.EXACT, pattern
 
 
 class Bits(Protocol):

@@ -22,7 +22,7 @@ from ipc import envelope as wire
 from ipc.board import Counter, fence
 from ipc.envelope import Envelope, FrameKind
 from ipc.flow import SendFlow, unpack_credit
-from ipc.interest import InterestKind, Place, PlaceCache
+from ipc.interest import InterestKind, Place, PlaceCache, interest_in
 from ipc.runtime import RuntimeDir, inbox_name
 
 logger = logging.getLogger("ipc")
@@ -215,6 +215,14 @@ class Outbound:
             links = self._routes.get(key)
             if links is None:
                 links = self._remember(key, (self._places.other(InterestKind.CHANNEL, envelope.channel, ""),))
+            return links
+        if envelope.kind in (wire.JOIN, wire.LEAVE):
+            # For those who subscribed to exactly this filter; NUL is in no topic, so the key is free.
+            key = (envelope.channel, "\0" + envelope.topic)
+            links = self._routes.get(key)
+            if links is None:
+                kind, text = interest_in(envelope.topic)
+                links = self._remember(key, (self._places.other(kind, envelope.channel, text),))
             return links
         places = [
             self._places.other(InterestKind.CONN, envelope.channel, conn_id) for conn_id in envelope.conn_ids

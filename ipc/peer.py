@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ipc.board import Counter, PeerKind, Record, SlotState
 from ipc.bus import Bus, BusClosed, BusFull
@@ -21,6 +22,10 @@ from ipc.inbound import Deliver
 from ipc.interest import InterestKind
 from ipc.rules import Rules
 from ipc.runtime import RulesMismatch, RuntimeDir, RuntimeDirError, locked_too_long
+
+if TYPE_CHECKING:
+    from ipc.history import HostLog
+    from ipc.presence import PresenceBoard
 
 logger = logging.getLogger("ipc")
 
@@ -62,6 +67,10 @@ class Peer:
         self.epoch = self.record.epoch
         self.bus = bus
         """The mesh behind it; for tests and measurements."""
+        self.log: HostLog | None = None
+        """The history of the host; None where no topic has any."""
+        self.presence: PresenceBoard | None = None
+        """Who is on which topic; None where no topic has presence."""
         self._users = 0
         self._opening: asyncio.Future[Peer] | None = None
 
@@ -131,10 +140,28 @@ class Peer:
             runtime.close()
             raise
         peer = cls(runtime, slot, agreed, bus)
+        try:
+            await peer._open_stores()
+        except BaseException:
+            peer._end()
+            raise
         if kind is not PeerKind.WORKER:
             peer.set_state(SlotState.READY)
         logger.debug("on the bus of %s as peer %d.%d", path, slot, peer.epoch)
         return peer
+
+    async def _open_stores(self) -> None:
+        """History and presence, where the rules have any; LMDB is not even loaded elsewhere."""
+        rules = self.rules
+        if not (rules.any_history or rules.any_presence):
+            return
+        from ipc import store_opening
+
+        if rules.any_history:
+            self.log = await store_opening.open_log(self)
+            self.bus.on_loss = self.log.heal
+        if rules.any_presence:
+            self.presence = await store_opening.open_presence(self)
 
     def _share(self, rules: Rules | None) -> Peer:
         difference = rules.difference(self.rules) if rules is not None else None
@@ -155,11 +182,13 @@ class Peer:
         Raises:
             ValueError: the channel has a receiver in this process already.
         """
-        self.bus.attach(channel, deliver)
+        self.bus.attach(channel, self.log.attach(channel, deliver) if self.log is not None else deliver)
 
     def detach(self, channel: str) -> None:
         """Receive nothing more of a channel."""
         self.bus.detach(channel)
+        if self.log is not None:
+            self.log.detach(channel)
 
     def publish(self, envelope: Envelope) -> None:
         """Send an envelope to every other process that it concerns, at the end of this turn of the loop.
@@ -228,12 +257,20 @@ class Peer:
             return
         if self._opening is not None:
             _forget(self._opening)
+        if self.presence is not None:
+            self.presence.close()
+        if self.log is not None:
+            self.log.flush()
         try:
             await self.bus.stop()
         finally:
             self._end()
 
     def _end(self) -> None:
+        if self.presence is not None:
+            self.presence.close()
+        if self.log is not None:
+            self.log.close()
         self.bus.close()
         self.runtime.close()
 

@@ -17,6 +17,7 @@ import msgspec
 
 from ipc import envelope as wire
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope
+from ipc.positions import Position
 from ipc.runtime import default_runtime_dir
 from ipc.sender import Delivery, HubNotFound, Sender, drive, drive_async, opening
 from ipc.topics import InvalidTopic, check_topic
@@ -64,10 +65,14 @@ class Publisher:
         self._mutex = threading.Lock()
         self._async: AsyncPublisher | None = None
 
-    def publish(self, topic: str, data: object, *, timeout: float | None = None) -> None:
+    def publish(
+        self, topic: str, data: object, *, timeout: float | None = None, idempotency_key: str = ""
+    ) -> Position | None:
         """Publish ``data`` (anything msgspec makes JSON of) to the subscribers of a topic.
 
-        Returns when every process with an interested subscriber has processed it.
+        Returns when every process with an interested subscriber has processed it: its position on a topic with
+        history, where it is stored first, None on any other. With history, a second message with the same
+        ``idempotency_key`` within five minutes is not published again.
 
         Raises:
             InvalidTopic: the topic is none that can be published to.
@@ -75,27 +80,31 @@ class Publisher:
             HubNotFound: no hub runs there.
             TypeError: the data cannot be JSON.
             ValueError: it has more than 16 MiB.
+            StoreError: it could not be stored, and was delivered to nobody.
         """
-        return self._run(_to_topic(self.channel, topic, data), timeout)
+        return self._run(_to_topic(self.channel, topic, data), timeout, idempotency_key)
 
     def broadcast(self, data: object, *, timeout: float | None = None) -> None:
         """Publish to every connection of the channel; as :meth:`publish` otherwise."""
-        return self._run(_to_all(self.channel, data), timeout)
+        self._run(_to_all(self.channel, data), timeout)
 
     def send(self, conn_id: str | Iterable[str], data: object, *, timeout: float | None = None) -> None:
         """Send to the connections with this conn_id, or these; as :meth:`publish` otherwise."""
-        return self._run(_to_connections(self.channel, conn_id, data), timeout)
+        self._run(_to_connections(self.channel, conn_id, data), timeout)
 
-    def _run(self, envelope: Envelope, timeout: float | None) -> None:
+    def _run(self, envelope: Envelope, timeout: float | None, idempotency_key: str = "") -> Position | None:
         if self._async is not None:
             # Opened by `async with`, but called through this object: the caller awaits what it gets.
-            return self._async._run(envelope, timeout)  # type: ignore[return-value]
+            return self._async._run(envelope, timeout, idempotency_key)  # type: ignore[return-value]
         with self._mutex:
-            self._publish(envelope, self.timeout if timeout is None else timeout)
+            return self._publish(envelope, self.timeout if timeout is None else timeout, idempotency_key)
 
-    def _publish(self, envelope: Envelope, timeout: float) -> None:
+    def _publish(self, envelope: Envelope, timeout: float, idempotency_key: str) -> Position | None:
         deadline = time.monotonic() + timeout
         sender = self._opened(deadline)
+        position = drive(sender.stored(envelope, idempotency_key, deadline))
+        if position is not None and not envelope.offset:
+            return position  # it was published before
         while sender.is_full():
             self._wait_a_moment(sender, deadline, _LONGEST_PAUSE, timeout)
         delivery = Delivery()
@@ -104,6 +113,7 @@ class Publisher:
         while delivery.remaining:
             self._wait_a_moment(sender, deadline, pause, timeout)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
+        return position
 
     def _wait_a_moment(self, sender: Sender, deadline: float, pause: float, timeout: float) -> None:
         if time.monotonic() > deadline:
@@ -178,9 +188,11 @@ class AsyncPublisher:
         self._pause = _ASYNC_POLL
         self._closed = False
 
-    async def publish(self, topic: str, data: object, *, timeout: float | None = None) -> None:
+    async def publish(
+        self, topic: str, data: object, *, timeout: float | None = None, idempotency_key: str = ""
+    ) -> Position | None:
         """See :meth:`Publisher.publish`."""
-        await self._run(_to_topic(self.channel, topic, data), timeout)
+        return await self._run(_to_topic(self.channel, topic, data), timeout, idempotency_key)
 
     async def broadcast(self, data: object, *, timeout: float | None = None) -> None:
         """See :meth:`Publisher.broadcast`."""
@@ -190,14 +202,21 @@ class AsyncPublisher:
         """See :meth:`Publisher.send`."""
         await self._run(_to_connections(self.channel, conn_id, data), timeout)
 
-    async def _run(self, envelope: Envelope, timeout: float | None) -> None:
+    async def _run(
+        self, envelope: Envelope, timeout: float | None, idempotency_key: str = ""
+    ) -> Position | None:
         timeout = self.timeout if timeout is None else timeout
-        encoded = wire.encode(envelope)
+        wire.encode(envelope)  # what cannot travel is refused before anything is stored
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
                 sender = await self._opened(timeout)
+                steps = sender.stored(envelope, idempotency_key, time.monotonic() + timeout)
+                position = await drive_async(steps)
+                if position is not None and not envelope.offset:
+                    return position  # it was published before
+                encoded = wire.encode(envelope)
                 # Room comes by credits on the board, not by an event.
                 while sender.is_full():  # noqa: ASYNC110
                     await asyncio.sleep(_ASYNC_POLL)
@@ -207,6 +226,7 @@ class AsyncPublisher:
                     loop.call_soon(self._flush)
                 self._turn.append((envelope, encoded, delivery))
                 await future
+                return position
         except TimeoutError:
             raise BusTimeout(_late(timeout, self._sender)) from None
 

@@ -153,6 +153,19 @@ class Record:
         self._words[self._base + layout.HEARTBEAT] = time.monotonic_ns()
 
     @property
+    def append_since(self) -> int:
+        """``time.monotonic_ns()`` when the owner set about writing to the store; 0 while it does not."""
+        return self._words[self._base + layout.APPEND_SINCE]
+
+    def append_begins(self) -> None:
+        """Say that the owner takes the store's append lock now."""
+        self._words[self._base + layout.APPEND_SINCE] = time.monotonic_ns()
+
+    def append_ends(self) -> None:
+        """Say that it has let go of it."""
+        self._words[self._base + layout.APPEND_SINCE] = 0
+
+    @property
     def kind(self) -> PeerKind:
         """What owns the slot."""
         return self.identity().kind
@@ -252,6 +265,7 @@ class Record:
     def _clear(self) -> None:
         for gauge in _GAUGES:
             self.set(gauge, 0)
+        self.append_ends()
         if self.slot < layout.FULL_SLOTS:
             start = layout.MAPS + self.slot * layout.MAP_BYTES
             self._memory[start : start + layout.MAP_BYTES] = bytes(layout.MAP_BYTES)

@@ -1,4 +1,4 @@
-"""Topic rules: who may publish and subscribe what, and what happens to clients that read too slowly.
+"""Topic rules: who may publish and subscribe what, what is kept of it, and what happens to slow readers.
 
 Each message and each subscription of a client is judged here before it goes any further. The rules are
 plain data: the settings make them, `rules.json` in the runtime directory carries them to every process of a
@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
 import msgspec
 
+from ipc.store_records import Retention
 from ipc.topics import MAX_TOPIC_BYTES, InvalidTopic, check_pattern, check_wildcards, shown
 
 Access = Literal["nobody", "authenticated", "anyone"]
@@ -28,6 +29,11 @@ SlowPolicy = Literal["close", "drop_oldest", "latest"]
 
 MAX_CACHED = 4096
 """How many topics or patterns a cache of answers holds before it is emptied."""
+
+MAX_HISTORY_SIZE = 10_000_000
+"""Messages that a topic may keep."""
+MAX_HISTORY_TTL = 10 * 365 * 86400
+"""Seconds, ten years."""
 
 DEFAULT_SLOW_POLICY: Final[SlowPolicy] = "close"
 
@@ -41,11 +47,17 @@ class TopicRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         publish: who may publish.
         subscribe: who may subscribe.
         slow_consumer: what happens to a client that does not read these topics' messages in time.
+        history_size: how many messages are kept; 0 for none.
+        history_ttl: for how many seconds; 0 for as long as there is room.
+        presence: whether it is known who is subscribed.
     """
 
     publish: Access | None = None
     subscribe: Access | None = None
     slow_consumer: SlowPolicy | None = None
+    history_size: int | None = None
+    history_ttl: float | None = None
+    presence: bool | None = None
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
@@ -57,6 +69,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         client_direct: who may send to one client by its conn_id; None is the default of `publish`.
         anonymous: whether clients without a token are let in. If so, whoever is not restricted by a rule may
             publish and subscribe; otherwise only authenticated clients may.
+        data_dir: where history is kept on disk; empty: in the runtime directory, as long as the hub lives.
+        store_size: bound of the store in bytes; 0: the default.
 
     Raises:
         ValueError: a key is no valid one, see `check_rule_key`.
@@ -66,6 +80,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     client_broadcast: Access | None = None
     client_direct: Access | None = None
     anonymous: bool = True
+    data_dir: str = ""
+    store_size: int = 0
 
     def __post_init__(self) -> None:
         for key in self.topics:
@@ -94,6 +110,28 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Return what happens to a client that does not read this topic's messages in time."""
         return self._slow_consumer[topic]
 
+    def retention(self, topic: str) -> Retention | None:
+        """Return how much of a topic's messages is kept; None for nothing."""
+        return self._retention[topic]
+
+    def recoverable(self, pattern: str) -> bool:
+        """Tell whether every topic that a pattern could match has history, so that nothing of it can be missed."""
+        return self._recoverable[pattern]
+
+    def has_presence(self, pattern: str) -> bool:
+        """Tell whether it is known who subscribed to a topic, or to a pattern all of whose topics have presence."""
+        return self._has_presence[pattern]
+
+    @cached_property
+    def any_history(self) -> bool:
+        """Whether any topic has history."""
+        return any(rule.history_size for rule in self.topics.values())
+
+    @cached_property
+    def any_presence(self) -> bool:
+        """Whether any topic has presence."""
+        return any(rule.presence for rule in self.topics.values())
+
     def encode(self) -> bytes:
         """Return the rules as JSON, the content of `rules.json`; equal rules give equal bytes."""
         return msgspec.json.encode(self, order="sorted")
@@ -113,6 +151,10 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError(f"rules must be a JSON object, not {shown(values)}")
         topics = parse_topics(values.pop("topics", {}))
         for name, value in values.items():
+            if name == "data_dir" and isinstance(value, str):
+                continue
+            if name == "store_size" and type(value) is int:
+                continue
             _check_value(name, value, _TOP_LEVEL_VALUES.get(name))
         return cls(topics=topics, **values)
 
@@ -124,7 +166,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 words = _difference(f'topics."{key}".{name}', getattr(mine, name), getattr(theirs, name))
                 if words:
                     return words
-        for name in _TOP_LEVEL_VALUES:
+        for name in (*_TOP_LEVEL_VALUES, *_STORE_SETTINGS):
             words = _difference(name, getattr(self, name), getattr(other, name))
             if words:
                 return words
@@ -141,8 +183,29 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @cached_property
     def _subscribe(self) -> _Cache[tuple[bool, bool]]:
-        tree = _Tree(self.topics, self._default_access)
+        tree = _Tree(self.topics, lambda rule: rule.subscribe, self._default_access, _ACCESS)
         return _Cache(lambda pattern: _ALLOWED[tree.of_pattern(pattern)])
+
+    @cached_property
+    def _retention(self) -> _Cache[Retention | None]:
+        size, ttl = _Table(self.topics, "history_size", 0), _Table(self.topics, "history_ttl", 0.0)
+        made: dict[tuple[int, float], Retention] = {}
+
+        def compute(topic: str) -> Retention | None:
+            rule = (size.of_topic(topic), ttl.of_topic(topic))
+            return made.setdefault(rule, Retention(*rule)) if rule[0] else None
+
+        return _Cache(compute)
+
+    @cached_property
+    def _recoverable(self) -> _Cache[bool]:
+        tree = _Tree(self.topics, lambda rule: _switch(rule.history_size), "off", _SWITCH)
+        return _Cache(lambda pattern: tree.of_pattern(pattern) == "on")
+
+    @cached_property
+    def _has_presence(self) -> _Cache[bool]:
+        tree = _Tree(self.topics, lambda rule: _switch(rule.presence), "off", _SWITCH)
+        return _Cache(lambda pattern: tree.of_pattern(pattern) == "on")
 
     @cached_property
     def _slow_consumer(self) -> _Cache[SlowPolicy]:
@@ -180,8 +243,11 @@ def parse_topics(table: object) -> dict[str, TopicRule]:
         if not isinstance(values, Mapping):
             raise ValueError(f'topics."{key}" = {shown(values)}: must be a table of settings')
         for name, value in values.items():
-            _check_value(f'topics."{key}".{name}', value, _TOPIC_VALUES.get(name))
-        topics[key] = TopicRule(**values)
+            _check_topic_value(f'topics."{key}".{name}', name, value)
+        numbers = (
+            {"history_ttl": float(values["history_ttl"])} if values.get("history_ttl") is not None else {}
+        )
+        topics[key] = TopicRule(**{**values, **numbers})
     return topics
 
 
@@ -190,23 +256,51 @@ _TOPIC_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "publish": (*_ACCESS, None),
     "subscribe": (*_ACCESS, None),
     "slow_consumer": (*get_args(SlowPolicy), None),
+    "presence": (True, False, None),
+}
+_TOPIC_NUMBERS: Final[dict[str, tuple[float, str]]] = {
+    "history_size": (MAX_HISTORY_SIZE, f"an integer from 0 to {MAX_HISTORY_SIZE} (0: no history)"),
+    "history_ttl": (MAX_HISTORY_TTL, f"seconds, a number from 0 to {MAX_HISTORY_TTL} (0: no limit of age)"),
 }
 _TOP_LEVEL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "client_broadcast": (*_ACCESS, None),
     "client_direct": (*_ACCESS, None),
     "anonymous": (True, False),
 }
+_STORE_SETTINGS: Final = ("data_dir", "store_size")
 _ALLOWED: Final[dict[str, tuple[bool, bool]]] = {  # (without a token, with one), to be indexed with a bool
     "nobody": (False, False),
     "authenticated": (False, True),
     "anyone": (True, True),
 }
 _NO_RULE: Final = TopicRule()
+_SWITCH: Final = ("off", "on")
+
+
+def _switch(value: int | None) -> str | None:
+    return None if value is None else "on" if value else "off"
+
+
+def _check_topic_value(name: str, setting: str, value: object) -> None:
+    if setting not in _TOPIC_NUMBERS:
+        _check_value(name, value, _TOPIC_VALUES.get(setting))
+        return
+    high, words = _TOPIC_NUMBERS[setting]
+    kinds = (int,) if setting == "history_size" else (int, float)
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= high
+    ):
+        raise ValueError(f"{name} = {shown(value)}: must be {words}")
 
 
 def _check_value(name: str, value: object, allowed: tuple[Any, ...] | None) -> None:
     if allowed is None:
-        known = ", ".join(_TOPIC_VALUES if name.startswith("topics.") else ("topics", *_TOP_LEVEL_VALUES))
+        settings = (
+            (*_TOPIC_VALUES, *_TOPIC_NUMBERS)
+            if name.startswith("topics.")
+            else ("topics", *_TOP_LEVEL_VALUES)
+        )
+        known = ", ".join(settings)
         raise ValueError(f"{name} = {shown(value)}: there is no such setting; there are {known}")
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         choices = ", ".join(str(choice).lower() for choice in allowed if choice is not None)
@@ -278,26 +372,34 @@ class _Node:
 
     def __init__(self) -> None:
         self.children: dict[str, _Node] = {}
-        self.exact: Access | None = None
-        self.prefix: Access | None = None
+        self.exact: str | None = None
+        self.prefix: str | None = None
 
 
 class _Tree:
-    """The attribute `subscribe` of the rules, for questions about all topics that a pattern matches.
+    """One attribute of the rules, for questions about all topics that a pattern matches: the strictest wins.
 
     A pattern is walked down the tree of keys. Each level leads to children, where keys go on, or off the
     tree, where no key is that specific and what holds so far holds for good. There are always names of levels
     that no key mentions, so a wildcard leads off the tree as well. Each node is visited at most once.
     """
 
-    def __init__(self, topics: Mapping[str, TopicRule], default: Access) -> None:
+    def __init__(
+        self,
+        topics: Mapping[str, TopicRule],
+        attribute: Callable[[TopicRule], str | None],
+        default: str,
+        order: tuple[str, ...],
+    ) -> None:
         self._default = default
+        self._order = order  # from the strictest to the most open
         self._root = _Node()
         for key, rule in topics.items():
-            if rule.subscribe is not None:
-                self._insert(key, rule.subscribe)
+            value = attribute(rule)
+            if value is not None:
+                self._insert(key, value)
 
-    def _insert(self, key: str, access: Access) -> None:
+    def _insert(self, key: str, access: str) -> None:
         levels = key.split("/")
         is_prefix = levels[-1] == "#"
         node = self._root
@@ -308,20 +410,20 @@ class _Tree:
         else:
             node.exact = access
 
-    def of_pattern(self, pattern: str) -> Access:
-        """Return the strictest access that applies to any topic the pattern matches."""
+    def of_pattern(self, pattern: str) -> str:
+        """Return the strictest value that applies to any topic the pattern matches."""
         try:
             check_wildcards(pattern)
         except InvalidTopic:
-            return "nobody"
-        return min(self._applying(pattern.split("/")), key=_ACCESS.index)
+            return self._order[0]
+        return min(self._applying(pattern.split("/")), key=self._order.index)
 
-    def _applying(self, levels: list[str]) -> set[Access]:
+    def _applying(self, levels: list[str]) -> set[str]:
         """Collect what applies to at least one topic that the pattern of these levels matches."""
         reaches_dollar = levels[0].startswith("$")
         start = self._default if reaches_dollar else self._root.prefix or self._default
-        found: set[Access] = set()
-        places: list[tuple[_Node, Access]] = [(self._root, start)]  # with what holds there for lack of better
+        found: set[str] = set()
+        places: list[tuple[_Node, str]] = [(self._root, start)]  # with what holds there for lack of better
         for depth, level in enumerate(levels):
             if level == "#":
                 self._collect_below(places, depth, found)
@@ -341,12 +443,12 @@ class _Tree:
         self._collect_here(places, len(levels), found)
         return found
 
-    def _collect_here(self, places: list[tuple[_Node, Access]], depth: int, found: set[Access]) -> None:
+    def _collect_here(self, places: list[tuple[_Node, str]], depth: int, found: set[str]) -> None:
         """Collect what applies to the very topics that the places stand for."""
         nameless = self._root.children.get("") if depth == 1 else None
         found.update(node.exact or inherited for node, inherited in places if node is not nameless)
 
-    def _collect_below(self, places: list[tuple[_Node, Access]], depth: int, found: set[Access]) -> None:
+    def _collect_below(self, places: list[tuple[_Node, str]], depth: int, found: set[str]) -> None:
         """Collect what applies to the topics that the places stand for and to all below them."""
         found.update(inherited for _, inherited in places)
         nodes = [node for node, _ in places]

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import time
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,8 @@ _OUR_FILES = (
     f"{BOARD_NAME}.new",
     LOCK_NAME,
 )
+_STORE_FILES = ("store.lock", "store/data.mdb", "store/lock.mdb")
+_STORE_DIRECTORIES = ("store", "store.unreadable")
 _INBOX = re.compile(r"i(\d{1,3})\.(\d{1,10})")
 
 _DIRECTORY_BYTE = 0
@@ -229,6 +232,7 @@ class RuntimeDir:
         for name in os.listdir(self.fd):
             if _INBOX.fullmatch(name) or name in (CONTROL_NAME, PID_NAME, RULES_NAME, f"{RULES_NAME}.new"):
                 self._unlink(name)
+        self._remove_store()
         try:
             self._board = Board.create(self.fd)
         except (BoardError, OSError) as error:
@@ -392,6 +396,7 @@ class RuntimeDir:
         for name in os.listdir(self.fd):
             if name in _OUR_FILES or _INBOX.fullmatch(name):
                 self._unlink(name)
+        self._remove_store()
         try:
             os.rmdir(self.path)
         except OSError as error:
@@ -403,6 +408,29 @@ class RuntimeDir:
             with contextlib.suppress(OSError):
                 os.rmdir(parent)
         return True
+
+    def _remove_store(self) -> None:
+        """Delete history and presence kept in this directory: they live as long as the hub."""
+        if self._is_directory("store.unreadable"):
+            for name in os.listdir(f"/proc/self/fd/{self.fd}/store.unreadable"):
+                self._unlink(f"store.unreadable/{name}")
+        if self._is_directory("store"):
+            for name in _STORE_FILES:
+                self._unlink(name)
+        elif self._exists(_STORE_FILES[0]):
+            self._unlink(_STORE_FILES[0])
+        for name in _STORE_DIRECTORIES:
+            if self._is_directory(name):
+                try:
+                    os.rmdir(name, dir_fd=self.fd)
+                except OSError as error:
+                    logger.warning("%s/%s stays: %s", self.path, name, error.strerror)
+
+    def _is_directory(self, name: str) -> bool:
+        try:
+            return stat.S_ISDIR(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return False
 
     def _unlink(self, name: str) -> None:
         try:

@@ -10,19 +10,24 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import zmq
 
 from ipc.board import FULL_SLOTS, PeerKind, SlotState
-from ipc.envelope import Envelope
+from ipc.envelope import TOPIC, Envelope
 from ipc.flow import BACKLOG
 from ipc.outbound import Link, Outbound
+from ipc.positions import Position
 from ipc.runtime import RuntimeDir
+
+if TYPE_CHECKING:
+    from ipc.store import Store
 
 T = TypeVar("T")
 
 _OPEN_PAUSE = 5e-3
+_STORE_PAUSE = 5e-4
 _TICK = 0.25
 _TRUST = 0.05
 """Seconds for which the directory is taken for the same without looking."""
@@ -64,7 +69,48 @@ class Sender:
         self._outbound.refresh()
         self._next_tick = 0.0
         self._looked = time.monotonic()
+        self._store: Store | None = None
+        self._rules = runtime.agree(None)
         self._record.state = SlotState.READY
+
+    def stored(
+        self, envelope: Envelope, idempotency_key: str, deadline: float
+    ) -> Generator[float, None, Position | None]:
+        """Store a message whose topic has history, which gives it its offset; yields seconds to pause.
+
+        Returns its position; None for a topic without history. An envelope without an offset was stored before.
+
+        Raises:
+            StoreError: it could not be stored (StoreBusy: in time).
+        """
+        retention = self._rules.retention(envelope.topic) if envelope.kind == TOPIC else None
+        if retention is None:
+            return None
+        from ipc.store import Entry, StoreBusy
+
+        store = self._opened_store()
+        entry = Entry(envelope.channel, envelope.topic, envelope.data, retention, idempotency_key)
+        while True:
+            try:
+                (stored,) = store.append([entry])
+            except StoreBusy:
+                if time.monotonic() > deadline:
+                    raise
+                yield _STORE_PAUSE
+            else:
+                envelope.offset = 0 if stored.duplicate else stored.offset
+                return Position(stored.offset, store.epoch)
+
+    def _opened_store(self) -> Store:
+        if self._store is None:
+            from ipc.store import Store
+
+            rules = self._rules
+            directory = rules.data_dir or f"/proc/self/fd/{self._runtime.fd}"
+            self._store = Store.open(
+                directory, store_size=rules.store_size or None, durable=bool(rules.data_dir)
+            )
+        return self._store
 
     def hub_is_there(self) -> bool:
         """False when the directory was given to another hub, or everybody in it is gone."""
@@ -125,6 +171,8 @@ class Sender:
 
     def close(self) -> None:
         """Give everything back."""
+        if self._store is not None:
+            self._store.close()
         self._outbound.close()
         self._context.term()
         self._runtime.close()

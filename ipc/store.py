@@ -245,6 +245,11 @@ class Store(StoreCore):
         with self._read() as txn:
             return presence.read(txn, channel, topic)
 
+    def presence_owners(self) -> list[tuple[int, int]]:
+        """The peers (slot, epoch) that have anybody in presence: some may be dead."""
+        with self._read() as txn:
+            return presence.owners(txn)
+
     def presence_stats(self, channel: str, topic: str) -> tuple[int, int]:
         """How many clients, and how many different users, :meth:`presence` would list."""
         present = self.presence(channel, topic)

@@ -95,6 +95,18 @@ def read(txn: Transaction[bytes], channel: str, topic: str) -> list[Present]:
     return found
 
 
+def owners(txn: Transaction[bytes]) -> list[tuple[int, int]]:
+    """The peers (slot, epoch) that have any subscriber here; jumps from one to the next."""
+    cursor = txn.cursor()
+    found: list[tuple[int, int]] = []
+    at = PRESENCE_SLOT
+    while cursor.set_range(at) and (key := cursor.key())[:1] == PRESENCE_SLOT:
+        slot, epoch = int.from_bytes(key[1:3], "big"), int.from_bytes(key[3:11], "big")
+        found.append((slot, epoch))
+        at = _slot_prefix(slot, epoch + 1)
+    return found
+
+
 def _filter_prefix(channel: str, topic: str) -> bytes:
     return PRESENCE + channel_key(channel) + b"\0" + topic.encode() + b"\0"
 

@@ -9,6 +9,7 @@ from typing import Any
 from ipc.rules import Rules
 from supervisor.listeners import format_address
 from supervisor.status import version
+from workers.options import show_size
 from workers.settings import Settings
 
 notice = logging.getLogger("supervisor.notice")
@@ -27,7 +28,14 @@ def endpoints(settings: Settings, port: int) -> list[str]:
     if settings.app is not None:
         return [base]
     sockets = "ws" + base.removeprefix("http")
-    return [f"{sockets}/ws", f"{sockets}/ws/{{conn_id}}", f"{base}/healthz", f"{base}/readyz"]
+    return [
+        f"{sockets}/ws",
+        f"{sockets}/ws/{{conn_id}}",
+        f"{sockets}/connection/websocket",
+        f"{base}/events",
+        f"{base}/healthz",
+        f"{base}/readyz",
+    ]
 
 
 def announce(settings: Settings, port: int, runtime_dir: str) -> None:
@@ -57,10 +65,18 @@ def describe(settings: Settings, port: int, runtime_dir: str) -> dict[str, Any]:
         "auth": f"no token check; anonymous clients: {'yes' if settings.allow_anonymous else 'no'}",
         "origins": ", ".join(settings.allow_origin) or "the same host",
         "topic_rules": _rules(settings.rules),
-        "history": "off",
+        "history": _history(settings),
         "bridge": "off",
         "endpoints": endpoints(settings, port),
     }
+
+
+def _history(settings: Settings) -> str:
+    rules = settings.rules
+    if not rules.any_history:
+        return "off"
+    size = show_size(settings.store_size) if settings.store_size else "its default size"
+    return f"on, {'in ' + rules.data_dir if rules.data_dir else 'as long as the hub lives'}, at most {size}"
 
 
 def _application(settings: Settings) -> str:

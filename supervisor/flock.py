@@ -28,6 +28,8 @@ logger = logging.getLogger("supervisor")
 
 DRAIN_GRACE = 2.0
 """Seconds more than the drain timeout before a worker is killed: it has a timer of its own."""
+APPEND_BOUND = 1.0
+"""Seconds that a worker may take to write to the store; it has the lock that all others need."""
 BOOTING_GRACE = 1.0
 """Seconds that a worker has to end which never was ready."""
 
@@ -241,7 +243,12 @@ class Flock:
         if health is Health.STALE and not process.stale:
             logger.warning("%s has shown no heartbeat for %.1f s: no new connections for it", process, age)
         process.stale = health is not Health.FRESH
-        if health is Health.HUNG:
+        since = record.append_since
+        if since and clock.age(since / 1e9, now) > APPEND_BOUND:
+            # Nobody can store anything while it stands still with the store's lock.
+            process.kill_by(now, "stands still while it writes to the store")
+            self._kill(process)
+        elif health is Health.HUNG:
             self._abort(process, f"has shown no heartbeat for {age:.1f} s", now)
         elif process.phase is Phase.READY and record.state is SlotState.DRAINING:
             self._depart(process, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib
 import logging
@@ -89,6 +90,7 @@ def _assemble(settings: Settings, worker_main: WorkerMain | None, stack: ExitSta
     # Closed after the runtime directory is gone: who waits for the end of the hub sees it by the hang-up.
     selector = stack.enter_context(selectors.PollSelector())  # epoll would be shared with the forked workers
     last = stack.enter_context(ExitStack())
+    _hold_data_dir(settings, stack)
     listeners = [group.add(index) for index in range(settings.workers)]
     runtime = _take_directory(settings, settings.runtime_dir or default_runtime_dir(group.port))
     stack.callback(_leave, runtime)
@@ -107,6 +109,33 @@ def _assemble(settings: Settings, worker_main: WorkerMain | None, stack: ExitSta
     last.callback(arbiter.control.close)
     banner.announce(settings, group.port, runtime.path)
     return arbiter
+
+
+def _hold_data_dir(settings: Settings, stack: ExitStack) -> None:
+    """Keep other hubs out of ``--data-dir``: two logs in one would be delivered by neither.
+
+    Raises:
+        DirectoryInUse: another hub has it.
+        StartError: it can not be made or opened.
+    """
+    path = settings.rules.data_dir
+    if not path or not settings.rules.any_history:
+        return
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(os.path.join(path, "hub.lock"), flags, 0o600)
+    except OSError as error:
+        raise StartError(f"--data-dir = {path!r} can not be used: {error.strerror}") from error
+    stack.callback(os.close, fd)
+
+    def lock() -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DirectoryInUse(f"--data-dir = {path!r} is in use by another hub; name another") from None
+
+    _patiently(lock, DirectoryInUse, lambda: RETRY_FOR)
 
 
 def _take_directory(settings: Settings, path: str) -> RuntimeDir:

@@ -18,7 +18,7 @@ GAUGES = (Counter.CONNECTIONS, Counter.SUBSCRIPTIONS, Counter.BACKLOG, Counter.B
 
 SHOWN_SETTINGS = (
     "app", "preload", "reload", "allow_origin", "allow_anonymous", "max_message_size", "max_subscriptions",
-    "max_backlog", "bus_backlog", "drain_timeout", "worker_timeout", "boot_timeout",
+    "max_backlog", "bus_backlog", "drain_timeout", "worker_timeout", "boot_timeout", "data_dir", "store_size",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def version() -> str:
 
 def _settings(settings: Settings) -> dict[str, Any]:
     shown = {name: getattr(settings, name) for name in SHOWN_SETTINGS}
-    return {**shown, "tls": settings.is_tls, "history": False, "bridge": False}
+    return {**shown, "tls": settings.is_tls, "history": settings.rules.any_history, "bridge": False}
 
 
 def _workers(arbiter: Arbiter, now: float) -> Iterable[dict[str, Any]]:

@@ -194,7 +194,10 @@ class Hub:
 
     def worker_of(self, client: ClientConnection) -> int | None:
         """The pid of the worker that holds this client's connection: whose descriptor is the other end's socket."""
-        port = client.transport.get_extra_info("sockname")[1]
+        return self.worker_of_socket(client.transport.get_extra_info("sockname")[1])
+
+    def worker_of_socket(self, port: int) -> int | None:
+        """The pid of the worker that has the other end of the connection from this local port."""
         inode = None
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
             fields = line.split()

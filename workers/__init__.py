@@ -12,6 +12,9 @@ __flockwire__ = True
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ipc.positions import Position as Position
+    from ipc.store_records import StoreError as StoreError
+    from ipc.store_records import UnrecoverablePosition as UnrecoverablePosition
     from ipc.topics import InvalidTopic as InvalidTopic
     from ipc.topics import matches as matches
     from workers.auth import WebSocketOAuth2PasswordBearer as WebSocketOAuth2PasswordBearer
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from workers.brokers import InMemoryBroker as InMemoryBroker
     from workers.brokers import IpcBroker as IpcBroker
     from workers.brokers import create_broker as create_broker
+    from workers.centrifuge_hooks import CentrifugeError as CentrifugeError
+    from workers.centrifuge_hooks import CentrifugeHooks as CentrifugeHooks
+    from workers.centrifuge_hooks import ClientSession as ClientSession
+    from workers.centrifuge_hooks import ConnectReply as ConnectReply
+    from workers.centrifuge_hooks import ConnectRequest as ConnectRequest
+    from workers.centrifuge_hooks import Disconnect as Disconnect
+    from workers.centrifuge_hooks import PublishReply as PublishReply
+    from workers.centrifuge_hooks import SubscribeReply as SubscribeReply
     from workers.connection import Connection as Connection
     from workers.errors import InvalidSubscription as InvalidSubscription
     from workers.errors import InvalidSubscriptionMessage as InvalidSubscriptionMessage
@@ -32,11 +43,28 @@ if TYPE_CHECKING:
     from workers.message import Message as Message
     from workers.proxy import WebSocketProxy as WebSocketProxy
     from workers.redis_broker import RedisBroker as RedisBroker
+    from workers.stored import HistoryPage as HistoryPage
+    from workers.stored import NoHistory as NoHistory
+    from workers.stored import StoredMessage as StoredMessage
     from workers.subscribing import handle_subscription_message as handle_subscription_message
     from workers.subscribing import subscribe as subscribe
     from workers.subscribing import unsubscribe as unsubscribe
 
 _HOMES = {
+    "CentrifugeError": "workers.centrifuge_hooks",
+    "CentrifugeHooks": "workers.centrifuge_hooks",
+    "ClientSession": "workers.centrifuge_hooks",
+    "ConnectReply": "workers.centrifuge_hooks",
+    "ConnectRequest": "workers.centrifuge_hooks",
+    "Disconnect": "workers.centrifuge_hooks",
+    "PublishReply": "workers.centrifuge_hooks",
+    "SubscribeReply": "workers.centrifuge_hooks",
+    "HistoryPage": "workers.stored",
+    "NoHistory": "workers.stored",
+    "StoredMessage": "workers.stored",
+    "Position": "ipc.positions",
+    "StoreError": "ipc.store_records",
+    "UnrecoverablePosition": "ipc.store_records",
     "BrokerInterface": "workers.broker_interface",
     "BrokerT": "workers.broker_interface",
     "Connection": "workers.connection",

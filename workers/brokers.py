@@ -159,6 +159,8 @@ class DirectBroker(BrokerInterface):
 
     def _enqueue(self, envelopes: Sequence[Envelope]) -> None:
         for envelope in envelopes:
+            if envelope.kind not in (TOPIC, BROADCAST, DIRECT):
+                continue  # joins and leaves are no messages
             if len(self._queue) >= MAX_WAITING:
                 self._queue.popleft()
             self._queue.append(to_message(envelope))

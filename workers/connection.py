@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from workers import codes, jsontext
 from workers.errors import WebSocketException
 from workers.fanout import binary_frame, current_fanout
+from workers.feeds import Receiver
 from workers.limited_protocol import HOLD_INBOX
 from workers.message import Message, validate_client_message
 from workers.protocol import WebSocketProtocol, our_protocol, protocol_beneath
@@ -88,6 +89,7 @@ class Connection:
         "_target",
         "_topics",
         "_waiter",
+        "feed",
         "owner",
         "websocket",
     )
@@ -96,6 +98,8 @@ class Connection:
         self.websocket = websocket
         self._alone = False
         self.owner: Owner | None = None
+        self.feed: Receiver | None = None
+        """Takes the messages of its topics instead of the sink, for a client that wants them in another form."""
         self._id = conn_id
         self._topics: TopicSet | None = None
         self._protocol: WebSocketProtocol | None = None
@@ -151,6 +155,11 @@ class Connection:
     def target(self) -> tuple[AnySink, ...]:
         """Its sink as a set of receivers for ``Fanout.send``; empty for a connection without a manager."""
         return self._target
+
+    @property
+    def gone(self) -> tuple[int, str] | None:
+        """The close code and reason once it is over."""
+        return self._gone
 
     @property
     def closed(self) -> bool:

@@ -16,6 +16,8 @@ from uvicorn.server import ServerState
 from workers.deadlines import Deadlines
 from workers.limited_protocol import nothing
 
+#: Key in a request's extensions that says that its response has no end.
+ENDLESS: Final = "flockwire.endless"
 #: Seconds from the connection, or from its first byte, to the end of a request's head.
 HANDSHAKE_TIMEOUT: Final = 10.0
 #: Bytes of a request's head.
@@ -46,6 +48,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._deadlines.clear(self)
         super().connection_lost(exc)
         self._changed()
+
+    def shutdown(self) -> None:
+        """The worker drains: a response without end would hold it up, and its client comes back by itself."""
+        super().shutdown()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and ENDLESS in cycle.scope.get("extensions", {}):
+            self.transport.close()
 
     @property
     def handshaking(self) -> bool:

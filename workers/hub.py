@@ -1,7 +1,7 @@
 """The built-in hub: an ASGI application of routes, to run as it is or to mount in one's own.
 
-``/ws`` and ``/ws/{conn_id}`` speak the plain protocol; ``/healthz`` says that this process lives, ``/readyz`` that
-it is on the bus.
+``/ws`` and ``/ws/{conn_id}`` speak the plain protocol, ``/connection/websocket`` that of Centrifuge; ``/events`` serves
+Server-Sent Events; ``/healthz`` says that this process lives, ``/readyz`` that it is on the bus.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
 from starlette._utils import get_route_path
@@ -21,11 +21,19 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ipc.store_records import StoreError
 from workers import jsontext
 from workers.brokers import IpcBroker
+from workers.centrifuge_hooks import CentrifugeHooks
+from workers.centrifuge_hub import CentrifugeHub
 from workers.connection import Connection
+from workers.envelopes import EnvelopeFeed
+from workers.events import events_response
 from workers.manager import WebSocketManager
 from workers.plain import PlainSession, subscribe_at_connect
+
+if TYPE_CHECKING:
+    from ipc.history import HostLog
 
 #: The broker channel of the built-in hub.
 HUB_CHANNEL: Final = "hub"
@@ -33,18 +41,19 @@ HUB_CHANNEL: Final = "hub"
 MAX_CONN_ID_BYTES: Final = 255
 
 
-def create_hub(manager: WebSocketManager | None = None) -> Starlette:
+def create_hub(manager: WebSocketManager | None = None, hooks: CentrifugeHooks | None = None) -> Starlette:
     """The built-in hub as an application.
 
     Args:
         manager: whose connections and channel it serves; None makes one for the channel ``hub`` on the supervisor's
             runtime directory. A manager that nobody started is started with the first request, since a mounted
             application's lifespan does not run.
+        hooks: what the application decides about clients of the Centrifuge protocol.
 
     Raises:
         ValueError: no manager, and not under the supervisor.
     """
-    return _HubApplication(_Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None))
+    return _HubApplication(_Hub(manager or WebSocketManager(HUB_CHANNEL), own=manager is None, hooks=hooks))
 
 
 class _HubApplication(Starlette):
@@ -56,6 +65,8 @@ class _HubApplication(Starlette):
             routes=[
                 WebSocketRoute("/ws", hub.plain),
                 WebSocketRoute("/ws/{conn_id}", hub.plain),
+                WebSocketRoute("/connection/websocket", hub.centrifuge.serve),
+                Route("/events", hub.events),
                 Route("/healthz", hub.healthz),
                 Route("/readyz", hub.readyz),
             ],
@@ -74,17 +85,20 @@ class _HubApplication(Starlette):
 
 
 class _Hub:
-    def __init__(self, manager: WebSocketManager, own: bool) -> None:
+    def __init__(self, manager: WebSocketManager, own: bool, hooks: CentrifugeHooks | None) -> None:
         self._manager = manager
+        self.centrifuge = CentrifugeHub(manager, hooks)
         self._own = own
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        mine = self._own or not self._manager.started
         await self._manager.startup()
         try:
             yield
         finally:
-            if self._own:
+            await self.centrifuge.close()
+            if mine:
                 await self._manager.shutdown()
 
     async def plain(self, websocket: WebSocket) -> None:
@@ -102,8 +116,7 @@ class _Hub:
         connection = self._register(websocket, conn_id)
         query = websocket.scope["query_string"]
         if query:
-            topics = [value for name, value in parse_qsl(query.decode("latin-1"), True) if name == "topic"]
-            subscribe_at_connect(manager, connection, topics)
+            await self._begin(connection, parse_qsl(query.decode("latin-1"), True))
         await manager.accept(connection)
         session = PlainSession(manager, connection)
         if connection.serve(session.on_message):
@@ -112,12 +125,29 @@ class _Hub:
         else:
             await _serve_asgi(manager, connection, session)
 
+    async def _begin(self, connection: Connection, query: list[tuple[str, str]]) -> None:
+        """What a handshake asks for: topics, envelopes, and what was missed since a position."""
+        topics = [value for name, value in query if name == "topic"]
+        wishes = dict(query)
+        if wishes.get("envelope") in ("1", "true"):
+            feed = connection.feed = EnvelopeFeed(self._manager, connection)
+            subscribe_at_connect(self._manager, connection, topics)
+            await feed.begin(sorted(connection.topics), wishes.get("since"))
+        else:
+            subscribe_at_connect(self._manager, connection, topics)
+
     def _register(self, websocket: WebSocket, conn_id: str | None) -> Connection:
         if conn_id is not None:
             return self._manager.register(websocket, conn_id)
         made = secrets.token_urlsafe(12)
         first = jsontext.encode({"type": "set_conn_id", "conn_id": made})
         return self._manager.register(websocket, made, first)
+
+    async def events(self, request: Request) -> Any:
+        """Server-Sent Events: the messages of some topics, from where the client left them."""
+        if not self._manager.started:
+            await self._manager.startup()
+        return events_response(self._manager, request)
 
     async def healthz(self, request: Request) -> Response:
         """This process lives and its event loop turns."""
@@ -147,7 +177,28 @@ def readiness(manager: WebSocketManager) -> dict[str, Any]:
             "epoch": peer.epoch,
             "peers": len(peer.runtime.board.live_full_slots()),
         }
+        if peer.log is not None:
+            details["history"] = _history_state(peer.log)
     return details
+
+
+def _history_state(log: HostLog) -> dict[str, Any]:
+    """What the store says of itself; ``state`` is "ok", "full" or "failed" (live delivery goes on in any case)."""
+    waiting = log.appender.waiting
+    try:
+        stats = log.store.stats()
+    except StoreError as error:
+        return {"state": "failed", "error": str(error), "epoch": log.epoch, "waiting": waiting}
+    return {
+        "state": "full" if stats.full else "ok",
+        "error": stats.full,
+        "epoch": stats.epoch,
+        "offset": stats.top,
+        "bytes": stats.used,
+        "size": stats.size,
+        "evicted": stats.evicted,
+        "waiting": waiting,
+    }
 
 
 async def _serve_asgi(manager: WebSocketManager, connection: Connection, session: PlainSession) -> None:

@@ -46,6 +46,7 @@ SLICE: Final = 8 * 1024
 HOLD_BUS: Final = 1
 HOLD_INBOX: Final = 2
 HOLD_PONGS: Final = 4
+HOLD_ANSWERS: Final = 8
 
 
 _int: Final = struct.Struct("i")
@@ -66,6 +67,7 @@ class LimitedProtocol(LeanProtocol):
     _app_closed = False
     _early = b""
     _close: tuple[int, str] | None = None
+    _drain_close: tuple[int, str] | None = None
     _abort_timer: asyncio.TimerHandle | None = None
 
     def __init__(
@@ -415,9 +417,24 @@ class LimitedProtocol(LeanProtocol):
             self.transport.close()
             self.cut_later()
 
+    def use_codes(self, drain: tuple[int, str], too_big: tuple[int, str], pings: bool) -> None:
+        """Codes of a protocol of its own: for a drain, and for a message that is too large; without our pings if it
+        has its own."""
+        self._drain_close = drain
+        fail = self.conn.fail
+
+        def fail_with_its_code(code: int, reason: str = "") -> None:
+            fail(*(too_big if code == 1009 else (code, reason)))
+
+        self.conn.fail = fail_with_its_code  # type: ignore[method-assign]
+        if not pings:
+            self.stop_keepalive()
+
     def drain(self, code: int) -> None:
         """The worker is going: end this connection with ``code`` (1001 stop, 1012 replaced)."""
-        if self.handshake_complete:
+        if self.handshake_complete and self._drain_close is not None:
+            self.close(*self._drain_close)
+        elif self.handshake_complete:
             self.close(code, "server is going away" if code == 1001 else "service restart")
         else:
             self.send_500_response()

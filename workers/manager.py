@@ -17,9 +17,10 @@ from typing import Any, Final, TypeVar
 from starlette.websockets import WebSocket
 
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope
+from ipc.interest import interest_in
 from ipc.peer import InterestKind
 from ipc.rules import Rules
-from ipc.topics import InvalidTopic, check_topic, is_pattern, prefix_run
+from ipc.topics import InvalidTopic, check_topic
 from workers import jsontext
 from workers.broker_interface import BrokerInterface, is_valid_broker
 from workers.brokers import InMemoryBroker, IpcBroker, create_broker
@@ -28,6 +29,7 @@ from workers.connection import Connection, check_conn_id
 from workers.context import current_settings
 from workers.errors import WebSocketException
 from workers.fanout import Fanout, SlowPolicy, current_fanout, text_frame
+from workers.keeping import Keeping
 from workers.message import Message
 from workers.plain import handle_message
 from workers.settings import Settings
@@ -44,7 +46,7 @@ _UNSET: Final = object()
 Self = TypeVar("Self", bound="WebSocketManager")
 
 
-class WebSocketManager:
+class WebSocketManager(Keeping):
     """Connections of this process and the channel they share with the managers of other processes.
 
     Args:
@@ -68,6 +70,7 @@ class WebSocketManager:
         broker_class: type[Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        super().__init__()
         self.broker_channel = broker_channel
         self.broker: BrokerInterface
         if broker_class is not None:
@@ -114,6 +117,9 @@ class WebSocketManager:
                     self._policy = self.rules.slow_consumer
                 if isinstance(self._transport, DirectTransport):
                     self._post = self._transport.post
+                self._start_keeping()
+                if self._log is not None:
+                    self._post = self._post_or_store
                 self._started = True
                 for connection in self._connections:
                     self._want(connection)
@@ -135,6 +141,7 @@ class WebSocketManager:
         if self._started:
             self._started = False
             self._post = None
+            self._stop_keeping()
             await self._transport.stop()
         self._lock = None
 
@@ -244,19 +251,26 @@ class WebSocketManager:
         self._transport.interest_add(InterestKind.CONN, connection.id)
         if connection.subscription_count:
             for pattern in connection.topics:
-                self._transport.interest_add(*_interest(pattern))
+                self._transport.interest_add(*interest_in(pattern))
 
     def connection_subscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was added to ``connection.topics``."""
+        if connection.feed is not None:
+            self.listen(pattern, connection.feed)
+            return
+        self._transport.interest_add(*interest_in(pattern))
+        if self._log is not None:
+            self._catch_up()
         self._index.add(pattern, connection.target[0])
         current_fanout().subscriptions += 1
-        self._transport.interest_add(*_interest(pattern))
 
     def connection_unsubscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was removed from ``connection.topics``."""
-        if self._index.discard(pattern, connection.target[0]):
+        if connection.feed is not None:
+            self.unlisten(pattern, connection.feed)
+        elif self._index.discard(pattern, connection.target[0]):
             current_fanout().subscriptions -= 1
-            self._transport.interest_discard(*_interest(pattern))
+            self._transport.interest_discard(*interest_in(pattern))
 
     def connection_renamed(self, connection: Connection, old: str, new: str) -> None:
         """``connection.id`` was set."""
@@ -348,20 +362,27 @@ class WebSocketManager:
             return self.send_by_conn_id(message)
         return self.send(message)
 
-    async def publish(self, topic: str, data: Any) -> None:
-        """As :meth:`send`, and return when the bus has accepted it."""
-        await self.send(topic, data)
-
-    def publish_text(self, topic: str, payload: bytes, local: bool = False) -> Accepted:
-        """:meth:`send` for JSON text in UTF-8 that is ready."""
+    def publish_text(self, topic: str, payload: bytes, local: bool = False, info: bytes = b"") -> Accepted:
+        """:meth:`send` for JSON text in UTF-8 that is ready; ``info`` is JSON that tells who publishes."""
         check_topic(topic)
-        return self._publish(Envelope(TOPIC, self.broker_channel, topic, payload), local)
+        envelope = Envelope(TOPIC, self.broker_channel, topic, payload, (), 0, info)
+        retention = None if local else self._retention(topic)
+        return self._publish(envelope, local) if retention is None else self._store(envelope, retention)
 
     def publish_checked(self, topic: str, payload: bytes) -> Accepted:
         """The same for a topic that :meth:`clients_may_publish` has seen."""
         envelope = Envelope(TOPIC, self.broker_channel, topic, payload)
         post = self._post
         return post(envelope) if post is not None else self._publish(envelope, False)
+
+    def _post_or_store(self, envelope: Envelope) -> Accepted:
+        """Where any topic has history, what clients publish goes this way."""
+        retention = self._retention(envelope.topic)
+        return (
+            self._transport.publish(envelope, False)
+            if retention is None
+            else self._store(envelope, retention)
+        )
 
     def clients_may_publish(self, topic: str) -> bool:
         """Whether the topic rules let clients publish there.
@@ -400,6 +421,8 @@ class WebSocketManager:
 
     def _deliver(self, envelopes: Sequence[Envelope]) -> None:
         """Envelopes of this channel, from here or from the bus, in order."""
+        if self._receivers:
+            self._deliver_to_receivers(envelopes)
         fanout = self._fanout
         if fanout is None:
             return  # nobody has ever connected here
@@ -419,7 +442,7 @@ class WebSocketManager:
                     )
             elif kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)
-            else:
+            elif kind == DIRECT:
                 fanout.send(self._sinks_of(envelope.conn_ids), envelope.data)
 
     def _deliver_elsewhere(self, envelopes: Sequence[Envelope]) -> None:
@@ -455,12 +478,6 @@ class WebSocketManager:
             connection.target[0]: None for conn_id in conn_ids for connection in self._by_id.get(conn_id, ())
         }
         return tuple(found)
-
-
-def _interest(pattern: str) -> tuple[InterestKind, str]:
-    if is_pattern(pattern):
-        return InterestKind.PREFIX, prefix_run(pattern)
-    return InterestKind.EXACT, pattern
 
 
 def _given(data: Any) -> Any:

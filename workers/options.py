@@ -324,6 +324,24 @@ OPTIONS: tuple[Option, ...] = (
         "boot_timeout", seconds, 60.0, "Seconds a worker has to become ready.", 0.1, DAY, metavar="SECONDS"
     ),
     Option(
+        "data_dir",
+        string,
+        None,
+        "Directory on disk for history that survives the hub; made when missing, private.",
+        default_words="none: history lives as long as the hub",
+        metavar="DIR",
+    ),
+    Option(
+        "store_size",
+        size,
+        None,
+        "Bytes that history may take; the oldest go first.",
+        1 * MIB,
+        1024 * GIB,
+        default_words="256MiB, or half of what is free",
+        metavar="SIZE",
+    ),
+    Option(
         "ssl_certfile",
         string,
         None,

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from ipc.peer import BusFull
+from ipc.store_records import StoreError
 from ipc.topics import InvalidTopic, check_pattern
 from workers import codes, jsontext
 from workers.codes import ErrorCode
 from workers.limited_protocol import HOLD_BUS
+from workers.stored import Result, Storing, refusal_words
 from workers.transport import DONE, Accepted
 
 if TYPE_CHECKING:
@@ -80,7 +82,12 @@ class PlainSession:
                 del message["type"], message["topic"]
                 message.pop("conn_id", None)
                 self._connection.no_error()
-                return manager.publish_checked(topic, jsontext.encode(message)) is DONE
+                accepted = manager.publish_checked(topic, jsontext.encode(message))
+                if isinstance(accepted, Storing):
+                    connection = self._connection
+                    accepted.when_done(lambda result: _tell_stored(connection, _UNSET, result))
+                    return not manager.transport.congested
+                return accepted is DONE
         except BusFull as exc:
             self._connection.answer_error(str(exc), ErrorCode.INTERNAL)
             return False
@@ -106,6 +113,9 @@ def handle_message(manager: WebSocketManager, connection: Connection, data: dict
             connection.answer_error(str(exc), exc.code, ack)
         return True
     connection.no_error()
+    if isinstance(accepted, Storing):
+        accepted.when_done(lambda result: _tell_stored(connection, ack, result))
+        return not manager.transport.congested
     room = accepted is None or accepted is DONE
     if ack is not _UNSET:
         if room:
@@ -113,6 +123,23 @@ def handle_message(manager: WebSocketManager, connection: Connection, data: dict
         else:
             manager.transport.on_clear(lambda: connection.push({"type": "ack", "ack": ack}))
     return room
+
+
+def _tell_stored(connection: Connection, ack: Any, result: Result) -> None:
+    """A message with history was stored, or was not: that is no error of the client's, so it is not counted."""
+    if isinstance(result, StoreError):
+        answer: dict[str, Any] = {
+            "type": "error",
+            "error": refusal_words(result),
+            "code": int(ErrorCode.INTERNAL),
+        }
+    elif ack is _UNSET:
+        return
+    else:
+        answer = {"type": "ack"}
+    if ack is not _UNSET:
+        answer["ack"] = ack
+    connection.push(answer)
 
 
 def _act(

@@ -52,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout: float
     worker_timeout: float
     boot_timeout: float
+    data_dir: str | None
+    store_size: int | None
     ssl_certfile: str | None
     ssl_keyfile: str | None
     log_level: str
@@ -225,6 +227,8 @@ def _build(found: dict[str, Any], *, allow_anonymous: bool) -> Settings:
         client_broadcast=cast("Access | None", found.get("client_broadcast")),
         client_direct=cast("Access | None", found.get("client_direct")),
         anonymous=allow_anonymous,
+        data_dir=os.path.abspath(values["data_dir"]) if values["data_dir"] else "",
+        store_size=values["store_size"] or 0,
     )
     return Settings(**values, rules=rules)
 
@@ -283,6 +287,11 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(
             "--preload = True: excludes --reload, as what was imported before the fork is not imported anew"
         )
+    if settings.data_dir and settings.runtime_dir:
+        if os.path.realpath(settings.data_dir) == os.path.realpath(settings.runtime_dir):
+            raise SettingsError(
+                f"--data-dir = {settings.data_dir!r}: must not be the runtime directory, which goes with the hub"
+            )
     files = {"--ssl-certfile": settings.ssl_certfile, "--ssl-keyfile": settings.ssl_keyfile}
     for flag, path in files.items():
         if path is None:

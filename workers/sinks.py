@@ -41,6 +41,7 @@ class SocketSink:
     __slots__ = (
         "__weakref__",
         "_backlog",
+        "_extra",
         "_progress",
         "_protocol",
         "_stuck",
@@ -64,6 +65,7 @@ class SocketSink:
         self._progress = (0.0, 0)
         # The policy of what the transport holds, which can no more be dropped.
         self._stuck: SlowPolicy = "close"
+        self._extra = 0
         self._waiters: list[asyncio.Future[None]] | None = None
         self.pending: bytes | list[bytes] | None = None
         self.direct: Callable[[bytes], object] | None = None
@@ -113,6 +115,22 @@ class SocketSink:
         """One text message, before anything that this turn of the loop still owes."""
         self.write(text_frame(payload))
 
+    def push_extra(self, payload: bytes) -> None:
+        """As :meth:`push`, for a large answer that is not held against the client: the bound is so much higher until
+        nothing waits any more."""
+        frame = text_frame(payload)
+        self._extra += len(frame)
+        self.max_backlog += len(frame)
+        if self._backlog is not None:
+            self._backlog.limit = self.max_backlog
+        self.write(frame)
+        if self._backlog is None:
+            self._end_extra()
+
+    def _end_extra(self) -> None:
+        self.max_backlog -= self._extra
+        self._extra = 0
+
     def _add(self, item: Waiting) -> None:
         backlog = self._backlog
         if self.closed or backlog is None:
@@ -146,6 +164,7 @@ class SocketSink:
             self._stuck = "close"
             self.direct = self._protocol.transport.write
             self.fanout.unwatch(self)
+            self._end_extra()
             self._wake()
 
     def overdue(self, now: float) -> bool:
@@ -276,6 +295,11 @@ class AsgiSink:
         """One text message, before anything that this turn of the loop still owes."""
         self._add(Waiting(payload))
 
+    def push_extra(self, payload: bytes) -> None:
+        """As :meth:`push`, for a large answer that is not held against the client."""
+        self._backlog.limit += len(payload)
+        self._add(Waiting(payload))
+
     def _add(self, item: Waiting) -> None:
         if self.closed:
             return
@@ -304,6 +328,7 @@ class AsgiSink:
                 await self._websocket.send_text(item.data.decode())
                 self._backlog.gone(item)
                 self._since = asyncio.get_running_loop().time()
+            self._backlog.limit = self.max_backlog
         except Exception as exc:
             # Servers differ in what they raise once the client is gone; whatever it was, this client is done.
             logger.debug("client gone while sending: %r", exc)

@@ -37,7 +37,7 @@ class Accepted:
     def __init__(self, wait: Callable[[], Any] | None = None) -> None:
         self._wait = wait
 
-    def __await__(self) -> Generator[Any, None, None]:
+    def __await__(self) -> Generator[Any, None, Any]:
         if self._wait is not None:
             yield from self._wait().__await__()
 

@@ -418,3 +418,78 @@ def test_parse_topics(policy: SlowPolicy) -> None:
 )
 def test_difference(here: Rules, running: Rules, words: str | None) -> None:
     assert here.difference(running) == words
+
+
+def history_rules() -> Rules:
+    return Rules(
+        topics=parse_topics(
+            {
+                "chat/#": {"history_size": 10, "history_ttl": 60, "presence": True},
+                "chat/off": {"history_size": 0},
+                "chat/long/#": {"history_size": 100},
+                "last": {"history_size": 1},
+                "all/#": {"history_size": 5},
+                "all/quiet/#": {"presence": False},
+            }
+        )
+    )
+
+
+def test_retention_comes_from_the_longest_key_that_sets_each_part() -> None:
+    rules = history_rules()
+    for topic, size, ttl in (
+        ("chat", 10, 60_000),
+        ("chat/x/y", 10, 60_000),
+        ("chat/long/z", 100, 60_000),
+        ("last", 1, 0),
+    ):
+        retention = rules.retention(topic)
+        assert retention is not None
+        assert (retention.size, retention.ttl_ms) == (size, ttl)
+        assert rules.retention(topic) is retention
+    assert rules.retention("chat/off") is None
+    assert rules.retention("other") is None
+    assert rules.any_history and rules.any_presence
+    assert not Rules().any_history and not Rules().any_presence
+
+
+@pytest.mark.parametrize(
+    ("pattern", "recoverable"),
+    [
+        ("chat/1", True),
+        ("chat/off", False),
+        ("chat/#", False),  # it matches chat/off
+        ("chat/+", False),
+        ("chat/long/#", True),
+        ("chat/+/x", True),
+        ("all/#", True),
+        ("all/+/b", True),
+        ("+/x", False),
+        ("#", False),
+        ("last", True),
+        ("last/#", False),
+        ("other", False),
+        ("a#", False),
+    ],
+)
+def test_a_pattern_is_recoverable_when_all_it_could_match_has_history(
+    pattern: str, recoverable: bool
+) -> None:
+    assert history_rules().recoverable(pattern) is recoverable
+
+
+def test_presence_of_patterns() -> None:
+    rules = history_rules()
+    assert rules.has_presence("chat/1") and rules.has_presence("chat/#")
+    assert not rules.has_presence("all/1") and not rules.has_presence("#")
+
+
+def test_history_rules_travel_and_differ() -> None:
+    rules = history_rules()
+    assert Rules.decode(rules.encode()) == rules
+    other = Rules(topics=parse_topics({"chat/#": {"history_size": 11}}))
+    assert "history_size" in (
+        Rules(topics=parse_topics({"chat/#": {"history_size": 10}})).difference(other) or ""
+    )
+    assert "data_dir" in (Rules(data_dir="/a").difference(Rules(data_dir="/b")) or "")
+    assert Rules.decode(Rules(data_dir="/a", store_size=1 << 20).encode()).data_dir == "/a"
