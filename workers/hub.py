@@ -190,8 +190,8 @@ def _history_state(log: HostLog) -> dict[str, Any]:
     except StoreError as error:
         return {"state": "failed", "error": str(error), "epoch": log.epoch, "waiting": waiting}
     return {
-        "state": "full" if stats.full else "ok",
-        "error": stats.full,
+        "state": "full" if stats.trouble else "ok",
+        "error": stats.trouble,
         "epoch": stats.epoch,
         "offset": stats.top,
         "bytes": stats.used,
