@@ -33,8 +33,8 @@ _WORK_BYTES = 256
 
 _log = logging.getLogger("ipc")
 
-# What is to be done, who is told, its weight in bytes, and when it came (the loop's time).
-_Item = tuple[Entry | Callable[[Writer], Any], Done, int, float]
+# What is to be done, who is told, its weight in bytes.
+_Item = tuple[Entry | Callable[[Writer], Any], Done, int]
 
 
 class Appender:
@@ -60,6 +60,7 @@ class Appender:
         self._max_waiting = max_waiting
         self._max_bytes = max_waiting_bytes
         self._queue: deque[_Item] = deque()
+        self._ages: deque[tuple[float, int]] = deque()
         self._flush_handle: asyncio.Handle | None = None
         self._maintenance: asyncio.TimerHandle | None = None
         self._closed = False
@@ -77,11 +78,11 @@ class Appender:
         Raises:
             StoreBusy: too much waits already; ``done`` will not be called.
         """
-        self._add(entry, done, len(entry.data) + len(entry.info) + len(entry.tags))
+        self._add((entry, done, len(entry.data) + len(entry.info) + len(entry.tags)))
 
     def write(self, work: Callable[[Writer], Any], done: Done) -> None:
         """As :meth:`append` for any other change: ``work`` runs inside the transaction, ``done`` gets its result."""
-        self._add(work, done, _WORK_BYTES)
+        self._add((work, done, _WORK_BYTES))
 
     def append_future(self, entry: Entry) -> asyncio.Future[Position]:
         """As :meth:`append`, as a future."""
@@ -109,14 +110,15 @@ class Appender:
         except StoreError as error:
             future.set_exception(error)
 
-    def _add(self, what: Entry | Callable[[Writer], Any], done: Done, size: int) -> None:
+    def _add(self, item: _Item) -> None:
         if self._closed:
             raise StoreError("the store is closed")
         queue = self._queue
+        size = item[2]
         if len(queue) >= self._max_waiting or (queue and self.waiting_bytes + size > self._max_bytes):
             raise StoreBusy(f"{len(queue)} messages already wait for the store ({self.waiting_bytes} bytes)")
         self.waiting_bytes += size
-        queue.append((what, done, size, self._loop.time()))
+        queue.append(item)
         if self._flush_handle is None:
             self._flush_handle = self._loop.call_soon(self._flush)
 
@@ -128,16 +130,17 @@ class Appender:
         try:
             results = self.store.transact(lambda writer: _run(batch, writer))
         except StoreBusy as error:
-            self._put_back(batch)
-            self._give_up_old(error)
-            if self._queue:
-                self._flush_handle = self._loop.call_later(RETRY_SECONDS, self._flush)
+            self._busy(batch, error)
             return
         except Exception as error:
             self._one_by_one(batch, error)
         else:
+            self._ages.clear()
             for item, result in zip(batch, results, strict=True):
-                self._tell(item, result)
+                try:
+                    item[1](result)
+                except Exception:
+                    _log.exception("a callback of the store's queue failed")
         if self._queue and self._flush_handle is None:
             self._flush_handle = self._loop.call_soon(self._flush)
 
@@ -162,14 +165,26 @@ class Appender:
         self._queue.extendleft(reversed(batch))
         self.waiting_bytes += sum(item[2] for item in batch)
 
-    def _give_up_old(self, error: StoreBusy) -> None:
-        before = self._loop.time() - BUSY_SECONDS
-        old = []
-        while self._queue and self._queue[0][3] <= before:
-            old.append(self._queue.popleft())
-        self.waiting_bytes -= sum(item[2] for item in old)
-        for item in old:
-            self._tell(item, StoreBusy(f"{error} for {BUSY_SECONDS:g} s"))
+    def _busy(self, batch: list[_Item], error: StoreBusy) -> None:
+        """The append lock was held: keep everything, try again in a moment, and give up what has waited too long.
+
+        ``_ages`` remembers how many had come at each try: (when, how many of the queue are at least so old).
+        """
+        self._put_back(batch)
+        now = self._loop.time()
+        ages = self._ages
+        ages.append((now, len(self._queue)))
+        old = 0
+        while ages and ages[0][0] <= now - BUSY_SECONDS:
+            old = ages.popleft()[1]
+        if old:
+            given_up = [self._queue.popleft() for _ in range(old)]
+            self.waiting_bytes -= sum(item[2] for item in given_up)
+            self._ages = deque((when, count - old) for when, count in ages)
+            for item in given_up:
+                self._tell(item, StoreBusy(f"{error} for {BUSY_SECONDS:g} s"))
+        if self._queue and self._flush_handle is None:
+            self._flush_handle = self._loop.call_later(RETRY_SECONDS, self._flush)
 
     def _one_by_one(self, batch: list[_Item], error: Exception) -> None:
         """A transaction failed: find out whose fault it was, so that the others do not suffer."""
@@ -247,7 +262,7 @@ async def recover(
 
 def _run(batch: list[_Item], writer: Writer) -> list[Any]:
     append = writer.append
-    return [append(what) if type(what) is Entry else what(writer) for what, _, _, _ in batch]  # type: ignore[operator]
+    return [append(what) if type(what) is Entry else what(writer) for what, _, _ in batch]  # type: ignore[operator]
 
 
 def _failure(error: Exception) -> Exception:

@@ -217,12 +217,10 @@ class StoreCore:
             result = work(writer)
             if writer.swept or writer.added > _LARGE or self._debt:
                 self._keep_below_bound(writer)
-            writer.finish()
-            txn.commit()
+            writer.commit(txn_id)
         except BaseException:
             txn.abort()
             raise
-        writer.committed(txn_id)
         return result
 
     def _failure(self, error: lmdb.Error) -> StoreError:

@@ -11,13 +11,13 @@ Stands below ``store.py``. In the directory that was given (the runtime director
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import secrets
 import shutil
 import threading
 import time
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, lockf
 
 import lmdb
 import msgspec
@@ -34,6 +34,7 @@ _ASIDE_NAME = "store.unreadable"
 _READER_TABLE_BYTES = 65_536
 _MAX_READERS = 1000
 _LOOSE_PAGES = 64
+_TRY = LOCK_EX | LOCK_NB
 
 _log = logging.getLogger("ipc")
 
@@ -61,7 +62,7 @@ class AppendLock:
         if not self._mutex.acquire(False):
             return False
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lockf(self._fd, _TRY)
         except OSError:
             self._mutex.release()
             return False
@@ -69,7 +70,7 @@ class AppendLock:
 
     def release(self) -> None:
         """Let go of the lock, which this thread holds."""
-        fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        lockf(self._fd, LOCK_UN)
         self._mutex.release()
 
     def acquire_within(self, seconds: float) -> None:

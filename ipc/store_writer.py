@@ -11,6 +11,7 @@ what the last 64 have named (`_sweep`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -87,11 +88,11 @@ class Writer:
         """Bytes removed since the caller last set it to 0."""
         self.max_entry = 1 << 30
         """The largest entry, in bytes."""
-        self._lengths: dict[tuple[str, int], bytes] = {}
-        self._channels: dict[str, tuple[bytes, bytes]] = {}
+        self._channels: dict[str, tuple[bytes, bytes, dict[int, bytes]]] = {}
         self._expected = -1
         self._last_time = 0
         self._state: StoreState | None = None
+        self._log_put: Callable[..., bool] | None = None
 
     # The transaction -------------------------------------------------------------------------------------------
 
@@ -102,6 +103,7 @@ class Writer:
         self._put = txn.put
         self._delete = txn.delete
         self._state = None
+        self._log_put = None
         # What the last transaction left is still true unless another process has written since.
         if self._expected != txn_id:
             self._look_up_top()
@@ -113,17 +115,19 @@ class Writer:
         self._time8 = now.to_bytes(8, "big")
         self._top_before = self.top
 
-    def finish(self) -> None:
-        """Write what is written once per transaction; the caller commits next, then calls :meth:`committed`."""
+    def commit(self, txn_id: int) -> None:
+        """Commit the transaction."""
         if self._state is not None:
             self._put(STATE_KEY, msgspec.msgpack.encode(self._state))
-
-    def committed(self, txn_id: int) -> None:
-        """The transaction is in force."""
+        self.txn.commit()
         # A transaction that changed nothing leaves its number to the next one, so only an append proves anything.
         if self.top != self._top_before:
             self._last_time = self.now
             self._expected = txn_id + 1
+
+    def _open_log(self) -> Callable[..., bool]:
+        self._log_put = put = self.txn.cursor().put
+        return put
 
     def _look_up_top(self) -> None:
         cursor = self.txn.cursor()
@@ -145,7 +149,7 @@ class Writer:
     def append(self, entry: Entry) -> Position:
         """Store one entry under the next offset of the host and trim its topic."""
         topic = entry.topic.encode()
-        prefix, channel = self._channels.get(entry.channel) or self._channel(entry.channel)
+        prefix, channel, sizes_known = self._channels.get(entry.channel) or self._channel(entry.channel)
         key = prefix + topic
         if entry.idempotency_key:
             known = self._known(key, entry.idempotency_key)
@@ -154,6 +158,7 @@ class Writer:
         self.top = offset = self.top + 1
         packed = offset.to_bytes(8, "big")
         retention = entry.retention
+        ttl_ms = retention.ttl_ms
         record = self._get(key)
         killed = ZERO
         # The usual case: the same rule as last time, the window not empty, in one piece, and nothing in it too old.
@@ -161,7 +166,7 @@ class Writer:
             record is not None
             and record[:PREFIX] == retention.prefix
             and len(record) > OFFSETS
-            and (not retention.ttl_ms or _from_bytes(record[FIRST_TIME], "big") + retention.ttl_ms > self.now)
+            and (not ttl_ms or _from_bytes(record[FIRST_TIME], "big") + ttl_ms > self.now)
         ):
             previous = record[-8:]
             size = len(record)
@@ -195,7 +200,9 @@ class Writer:
             raise EntryTooLarge(
                 f"a message of {len(value)} bytes does not fit: the store takes {self.max_entry} at most"
             )
-        self._put(LOG + packed, value)
+        (self._log_put or self._open_log())(
+            LOG + packed, value, True, True, True
+        )  # the log comes last: MDB_APPEND
         self.added += len(value)
         if entry.idempotency_key:
             self._remember(key, entry.idempotency_key, packed, previous)
@@ -250,15 +257,10 @@ class Writer:
             self._schedule(key, window)
         return window.encode()
 
-    def _channel(self, channel: str) -> tuple[bytes, bytes]:
+    def _channel(self, channel: str) -> tuple[bytes, bytes, dict[int, bytes]]:
         if len(self._channels) >= 1024:
             self._channels.clear()
-            self._lengths.clear()
-        found = self._channels[channel] = (TOPIC + channel_key(channel) + b"\0", channel.encode())
-        return found
-
-    def _sizes(self, name: str, channel: bytes, topic: bytes) -> bytes:
-        found = self._lengths[name, len(topic)] = lengths(channel, topic, b"", b"")
+        found = self._channels[channel] = (TOPIC + channel_key(channel) + b"\0", channel.encode(), {})
         return found
 
     def _sweep(self, offset: int) -> None:

@@ -19,7 +19,7 @@ from workers import codes, jsontext
 from workers.codes import ErrorCode
 from workers.limited_protocol import HOLD_BUS
 from workers.stored import Result, Storing, refusal_words
-from workers.transport import DONE, Accepted
+from workers.transport import DONE, Accepted, Taking
 
 if TYPE_CHECKING:
     from workers.connection import Connection
@@ -87,7 +87,7 @@ class PlainSession:
                     connection = self._connection
                     accepted.when_done(lambda result: _tell_stored(connection, _UNSET, result))
                     return not manager.transport.congested
-                return accepted is DONE
+                return accepted is DONE or (isinstance(accepted, Taking) and not manager.transport.congested)
         except BusFull as exc:
             self._connection.answer_error(str(exc), ErrorCode.INTERNAL)
             return False
@@ -116,6 +116,10 @@ def handle_message(manager: WebSocketManager, connection: Connection, data: dict
     if isinstance(accepted, Storing):
         accepted.when_done(lambda result: _tell_stored(connection, ack, result))
         return not manager.transport.congested
+    if isinstance(accepted, Taking):
+        if ack is not _UNSET:
+            accepted.when_done(lambda failure: _tell_taken(connection, ack, failure))
+        return not manager.transport.congested
     room = accepted is None or accepted is DONE
     if ack is not _UNSET:
         if room:
@@ -123,6 +127,15 @@ def handle_message(manager: WebSocketManager, connection: Connection, data: dict
         else:
             manager.transport.on_clear(lambda: connection.push({"type": "ack", "ack": ack}))
     return room
+
+
+def _tell_taken(connection: Connection, ack: Any, failure: Exception | None) -> None:
+    """A broker that is driven by a task has taken a message, or has refused it."""
+    if failure is None:
+        connection.push({"type": "ack", "ack": ack})
+    else:
+        words = "the message was not passed on: the broker did not take it"
+        connection.push({"type": "error", "error": words, "code": int(ErrorCode.INTERNAL), "ack": ack})
 
 
 def _tell_stored(connection: Connection, ack: Any, result: Result) -> None:

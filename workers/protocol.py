@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from starlette.websockets import WebSocket
-from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.utils import ClientDisconnected, is_ssl
 
 from workers.fanout import binary_frame, current_fanout, text_frame
 from workers.limited_protocol import HOLD_INBOX, LimitedProtocol, is_utf8
@@ -75,7 +75,8 @@ class WebSocketProtocol(LimitedProtocol):
         """After accept: the sink may write, and knows from ``pause_writing`` at once what the kernel did not take."""
         if self._sink is not None and not self._opened and not self.transport.is_closing():
             self._opened = True
-            self.transport.set_write_buffer_limits(high=0)
+            # A TLS transport counts "at the limit" as over it, and with 0 would wait for nothing, for ever.
+            self.transport.set_write_buffer_limits(high=1 if is_ssl(self.transport) else 0)
             self._sink.open()
 
     def take_input(self, handler: Handler, untaken: Untaken | None = None) -> bool:

@@ -6,7 +6,6 @@ Between :class:`~workers.manager.WebSocketManager` and a broker. Both transports
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Final
 from ipc.envelope import BROADCAST, DIRECT, Envelope
 from ipc.peer import BusFull, InterestKind
 from workers import jsontext
-from workers.broker_interface import BrokerInterface
+from workers.broker_interface import BrokerInterface, BrokerUnavailable
 from workers.brokers import Deliver, DirectBroker, running_loop, to_envelope
 from workers.message import Message
 
@@ -40,6 +39,50 @@ class Accepted:
     def __await__(self) -> Generator[Any, None, Any]:
         if self._wait is not None:
             yield from self._wait().__await__()
+
+
+class Taking(Accepted):
+    """A message on its way to a broker that is driven by a task.
+
+    Awaiting raises what the broker raised when it refused the message, which then is lost.
+    """
+
+    __slots__ = ("_callbacks", "_done", "_failure", "wire")
+
+    def __init__(self, wire: dict[str, Any]) -> None:
+        super().__init__()
+        self.wire = wire
+        self._done = False
+        self._failure: Exception | None = None
+        self._callbacks: list[Callable[[Exception | None], object]] = []
+
+    def finish(self, failure: Exception | None = None) -> None:
+        """The broker has taken it, or has refused it."""
+        self._done, self._failure = True, failure
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(failure)
+
+    def when_done(self, callback: Callable[[Exception | None], object]) -> None:
+        """Call back with the broker's failure or None, from the loop, or at once if it is known."""
+        if self._done:
+            callback(self._failure)
+        else:
+            self._callbacks.append(callback)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def told(failure: Exception | None) -> None:
+            if future.done():
+                return
+            if failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(failure)
+
+        self.when_done(told)
+        yield from future.__await__()
 
 
 DONE: Final = Accepted()
@@ -117,9 +160,7 @@ class BrokerTransport:
         self.channel = channel
         self._deliver: Deliver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._outbox: deque[dict[str, Any]] = deque()
-        self._taken = 0
-        self._queued = 0
+        self._outbox: deque[Taking] = deque()
         self._more = asyncio.Event()
         self._room = asyncio.Event()
         self._callbacks: list[Callable[[], None]] = []
@@ -144,15 +185,18 @@ class BrokerTransport:
         if self._tasks and self._outbox:
             try:
                 async with asyncio.timeout(1.0):
-                    await self._until_taken(self._queued)
+                    await self._outbox[-1]
             except TimeoutError:
                 logger.warning("%d messages to the broker were not published at shutdown", len(self._outbox))
+            except Exception as exc:
+                logger.debug("the last message was not published: %r", exc)  # as the log has told already
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for left in self._outbox:
+            left.finish(BrokerUnavailable("the manager was shut down before the broker took the message"))
         self._outbox.clear()
-        self._taken = self._queued
         self._took()
         self._deliver = None
         try:
@@ -163,7 +207,7 @@ class BrokerTransport:
     def publish(self, envelope: Envelope, local: bool) -> Accepted:
         """Queue for the broker; ``local`` delivers to this process without it.
 
-        What it returns is done when the broker has taken the message, or has refused it, which is logged.
+        What it returns is done when the broker has taken the message. A refusal is logged, and raised when awaited.
 
         Raises:
             BusFull: so many messages wait that nobody awaited.
@@ -177,19 +221,13 @@ class BrokerTransport:
             raise RuntimeError("this manager is not started; call await manager.startup() first")
         if len(self._outbox) >= 2 * MAX_OUTBOX:
             raise BusFull(f"{len(self._outbox)} messages wait for the broker; await what send() returns")
-        self._outbox.append(_to_wire(envelope))
-        self._queued += 1
+        taking = Taking(_to_wire(envelope))
+        self._outbox.append(taking)
         if running_loop() is self._loop:
             self._more.set()
         else:
             self._loop.call_soon_threadsafe(self._more.set)
-        return Accepted(functools.partial(self._until_taken, self._queued))
-
-    async def _until_taken(self, number: int) -> None:
-        """Wait until so many messages have been taken by the broker since the start."""
-        while self._taken < number:
-            self._room.clear()
-            await self._room.wait()
+        return taking
 
     @property
     def congested(self) -> bool:
@@ -225,15 +263,17 @@ class BrokerTransport:
     async def _pump(self) -> None:
         while True:
             while self._outbox:
+                taking, failure = self._outbox[0], None
                 try:
-                    await self.broker.publish(self.channel, self._outbox[0])
-                except Exception:
-                    logger.exception(
-                        "the broker did not take a message on channel %r; it is lost", self.channel
+                    await self.broker.publish(self.channel, taking.wire)
+                except Exception as exc:
+                    failure = exc
+                    logger.warning(
+                        "the broker did not take a message on channel %r; it is lost: %r", self.channel, exc
                     )
                 self._outbox.popleft()
-                self._taken += 1
                 self._took()
+                taking.finish(failure)
             self._more.clear()
             await self._more.wait()
 

@@ -204,7 +204,7 @@ except StoreFull as error:
 
 
 def test_no_room_for_a_new_store_is_an_error_with_words(tmp_path: Path) -> None:
-    with small_file_system(tmp_path / "small", "64k") as directory:
+    with small_file_system(tmp_path / "small", "1m") as directory:
         with (directory / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
             while True:
                 file.write(bytes(4096))
@@ -221,7 +221,7 @@ def test_the_defaults_of_a_container(tmp_path: Path) -> None:
     with small_file_system(tmp_path / "shm", "64m") as directory:
         with opened(directory / "run") as store:
             assert store.size <= 32 * MIB
-            for number in range(200_000):
+            for number in range(100_000):
                 put(store, f"t/{number % 50}", bytes(500), keep=EVERYTHING)
             assert store.stats().used <= 0.92 * store.size
             status = os.statvfs(directory)

@@ -16,6 +16,8 @@ from tests.redis_server import redis_server
 from tests.support import until_async
 from tests.workers.server_fixture import serving, uvrun
 from tests.workers.test_manager import application, next_json
+from workers.broker_interface import BrokerUnavailable
+from workers.hub import create_hub
 from workers.manager import WebSocketManager
 from workers.message import Message
 from workers.redis_broker import RedisBroker
@@ -176,13 +178,38 @@ def test_a_message_the_broker_refuses_is_logged_and_the_next_ones_go(
 ) -> None:
     async def main() -> None:
         async with WebSocketManager("mine", broker_class=Shelf) as manager:
+            manager.send("t", {"explode": 1})
             async with asyncio.timeout(5.0):
-                await manager.send("t", {"explode": 1})
+                with pytest.raises(ConnectionError, match="the broker is down"):
+                    await manager.publish("t", {"explode": 1})
                 await manager.send("t", {"n": 2})
             assert [message["n"] for _, message in own_broker(manager).published] == [2]
 
-    uvrun(main(), complaints=True)
+    uvrun(main())
     assert "did not take a message on channel 'mine'" in caplog.text and "the broker is down" in caplog.text
+
+
+def test_an_ack_means_that_the_broker_has_taken_it() -> None:
+    async def main() -> None:
+        manager = WebSocketManager("mine", broker_class=Shelf)
+        shelf = own_broker(manager)
+        async with manager:
+            for make in (application, create_hub):
+                async with serving(lambda _: make(manager)) as live:  # noqa: B023
+                    client = await live.client("/c" if make is application else "/ws/c")
+                    shelf.gate.clear()
+                    await client.send('{"type":"send","topic":"t","n":1,"ack":1}')
+                    await client.send('{"type":"send","topic":"t","explode":1,"ack":2}')
+                    await client.send('{"type":"connect","ack":3}')
+                    assert (await next_json(client))["ack"] == 3
+                    shelf.gate.set()
+                    assert await next_json(client) == {"type": "ack", "ack": 1}
+                    refused = await next_json(client)
+                    assert (refused["type"], refused["code"], refused["ack"]) == ("error", 100, 2)
+                    await client.close()
+                    await until_async(lambda: not manager.active_connections, 3.0)
+
+    uvrun(main())
 
 
 def test_what_this_wire_format_cannot_carry_is_refused_at_once() -> None:
@@ -237,7 +264,8 @@ def test_shutdown_publishes_what_waits_but_not_for_ever() -> None:
         waiting = asyncio.ensure_future(manager.send("t", {"n": "never"}))
         async with asyncio.timeout(3.0):
             await manager.shutdown()
-            await waiting
+            with pytest.raises(BrokerUnavailable, match="shut down before"):
+                await waiting
         shelf.gate.set()
         await manager.startup()
         await manager.send("t", {"n": "new"})
