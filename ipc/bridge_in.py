@@ -144,7 +144,7 @@ class WayIn:
             origin = source(host.decode("ascii"), shard)
             if b"m" in values:
                 complete, marks = _marks_decoder.decode(values[b"m"])
-                self._miss(origin, self.seen.mark(origin, marks, complete))
+                self.miss(origin, self.seen.mark(origin, marks, complete))
         except (msgspec.MsgspecError, ValueError):
             self._count(Counter.BUS_INVALID, 1)
             return ()
@@ -163,14 +163,15 @@ class WayIn:
             if missing < 0:
                 self._count(Counter.FEDERATION_DUPLICATES, 1)
                 continue
-            self._miss(origin, missing)
+            self.miss(origin, missing)
             envelope.origin = (origin, slot, epoch, sequence)
             fresh.append(envelope)
         return fresh
 
     # -- what is missing -------------------------------------------------------------------------------------------
 
-    def _miss(self, origin: str, missing: int) -> None:
+    def miss(self, origin: str, missing: int) -> None:
+        """Count messages of a source that do not come."""
         if missing > 0:
             host = origin.partition(".")[0]
             self._missing[host] = self._missing.get(host, 0) + missing

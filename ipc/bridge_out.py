@@ -62,6 +62,7 @@ class WayOut:
 
     def _item(self, envelope: Envelope) -> Item:
         assert envelope.origin is not None
+        envelope.offset = 0  # means nothing on another host
         key = (envelope.channel, envelope.topic if envelope.kind == TOPIC else "")
         shard = self._shards.get(key)
         if shard is None:

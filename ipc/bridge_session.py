@@ -11,6 +11,7 @@ import logging
 from contextlib import AsyncExitStack
 from typing import Any
 
+from ipc.bridge_import import Importer
 from ipc.bridge_in import WayIn
 from ipc.bridge_link import BROKEN, Command, Connection, Refused, Silent, judge, takes_no_writes
 from ipc.bridge_out import WayOut
@@ -45,7 +46,9 @@ class Session:
         host: ``id.start`` of this hub.
     """
 
-    def __init__(self, url: str, prefix: str, host: str, peer: Peer, out: WayOut, way_in: WayIn) -> None:
+    def __init__(
+        self, url: str, prefix: str, host: str, peer: Peer, out: WayOut, way_in: WayIn, importer: Importer
+    ) -> None:
         self.address = redacted(url)
         self.state = LinkState.CONNECTING
         self.commands = 0
@@ -57,6 +60,7 @@ class Session:
         self._peer = peer
         self._out = out
         self._in = way_in
+        self._importer = importer
         self._said: LinkState | None = None
         self._probes = 0
         self.placed = asyncio.Event()
@@ -117,7 +121,7 @@ class Session:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._out.run(writer))
-                group.create_task(self._in.run(reader, self._peer))
+                group.create_task(self._in.run(reader, self._importer))
                 group.create_task(self._care(writer))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None

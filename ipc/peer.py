@@ -152,7 +152,8 @@ class Peer:
             raise
         peer = cls(runtime, slot, agreed, bus)
         try:
-            await peer._open_stores()
+            if kind is not PeerKind.BRIDGE:
+                await peer._open_stores()
         except BaseException:
             peer._end()
             raise

@@ -20,6 +20,7 @@ import msgspec
 import uvloop
 
 from ipc.board import SlotState
+from ipc.bridge_import import Importer
 from ipc.bridge_in import WayIn
 from ipc.bridge_link import BROKEN
 from ipc.bridge_out import WayOut
@@ -123,20 +124,26 @@ class Bridge:
             take_over=self._out.take_in,
         )
         self._out.record = self._in.record = peer.record
+        importer = Importer(peer, self._in.miss)
         try:
+            await importer.open()
             self.tell({"claimed": [peer.slot, peer.epoch]})
             self._session = Session(
-                self._options.url, self._options.prefix, self._host, peer, self._out, self._in
+                self._options.url, self._options.prefix, self._host, peer, self._out, self._in, importer
             )
             self.tell({"ready": True})
-            await self._carry(peer, self._session)
+            await self._carry(peer, self._session, importer)
         finally:
+            importer.close()
             self._out.record = self._in.record = None
             await peer.close()
         return DRAINED
 
-    async def _carry(self, peer: Peer, session: Session) -> None:
-        tasks = [asyncio.create_task(session.run()), asyncio.create_task(self._keep_positions(peer, session))]
+    async def _carry(self, peer: Peer, session: Session, importer: Importer) -> None:
+        tasks = [
+            asyncio.create_task(session.run()),
+            asyncio.create_task(self._keep_positions(peer, session, importer)),
+        ]
         try:
             await self._drain.wait()
             peer.set_state(SlotState.DRAINING)
@@ -167,7 +174,7 @@ class Bridge:
             self._in.ids = list(position.ids)
             self._in.seen.restore(position.seen, position.complete)
 
-    async def _keep_positions(self, peer: Peer, session: Session) -> None:
+    async def _keep_positions(self, peer: Peer, session: Session, importer: Importer) -> None:
         """Keep for a successor how far we are, a position when the workers have all that it covers.
 
         So a bridge that is killed brings some messages again, which the workers leave out, and forgets none.
@@ -175,10 +182,10 @@ class Bridge:
         await session.placed.wait()
         while True:
             if not self._in.waiting:
-                await self._keep_position(peer)
+                await self._keep_position(peer, importer)
             await asyncio.sleep(SAVE_EVERY)
 
-    async def _keep_position(self, peer: Peer) -> None:
+    async def _keep_position(self, peer: Peer, importer: Importer) -> None:
         state = (tuple(self._in.ids), self._out.spool.taken)
         if state == self._saved:
             return
@@ -190,6 +197,9 @@ class Bridge:
             self._in.seen.complete_sources(),
             [self._out.spool.marks(shard) for shard in range(len(self._in.ids))],
         )
+        started = importer.started
+        while importer.finished < started:  # noqa: ASYNC110 -- the store tells each message's own waiter
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0)  # what was published in this turn of the loop leaves at its end
         await self._everybody_has_it(peer)
         try:

@@ -7,6 +7,7 @@ Beside the way of a message. Only in a hub with ``--redis-url``; what the bridge
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 from typing import Any
@@ -45,7 +46,9 @@ class BridgeKeeper:
         self._flock = flock
         self._backoff = Backoff()
         self._was_ready = False
-        self._host_id = host_id(flock.runtime.path)
+        self._directory = flock.settings.rules.data_dir or flock.runtime.path
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._host_id = host_id(self._directory)
         self._start = secrets.token_hex(4)
 
     @property
@@ -84,7 +87,7 @@ class BridgeKeeper:
             prefix=settings.redis_prefix,
             host_id=self._host_id,
             start=self._start,
-            directory=runtime.path,
+            directory=self._directory,
             bus_backlog=settings.bus_backlog,
             rules=settings.rules,
         )

@@ -19,10 +19,15 @@ from tests.support import until, until_async
 
 
 @contextlib.contextmanager
-def hosts(urls: Sequence[str], *options: str, workers: int = 2) -> Iterator[list[Hub]]:
+def hosts(
+    urls: Sequence[str], *options: str, workers: int = 2, config: str | None = None
+) -> Iterator[list[Hub]]:
     """A hub for each address of Redis, linked."""
     with contextlib.ExitStack() as stack:
-        hubs = [Hub(workers, options=("--redis-url", url, *options), wait_ready=False) for url in urls]
+        hubs = [
+            Hub(workers, options=("--redis-url", url, *options), config=config, wait_ready=False)
+            for url in urls
+        ]
         for hub in hubs:
             stack.enter_context(hub)
         for hub in hubs:
