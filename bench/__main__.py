@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import crossworker, growth, plot, publish
+from bench import crossworker, federation, growth, plot, publish
 from bench.build import NoCompiler, build
 from bench.generator import LoadFailed
 from bench.places import RESULTS, ROOT
@@ -22,7 +22,7 @@ TABLE = ("A", "A1", "A16", "B100", "C", "E", "D")
 SERVERS_OF_TABLE = tuple(name for name in SERVERS if name not in ("flockwire-4", "connection-receive"))
 SECONDS_OF_EXTRAS = 50
 """What crossworker, publish and index take of the minutes of the default table."""
-EXTRA = ("crossworker", "publish", "index", "growth")
+EXTRA = ("crossworker", "publish", "index", "growth", "federation")
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -120,6 +120,14 @@ def run_extra(names: list[str], results: Results, timing: Timing, rounds: int) -
         progress("index")
         for run in index.once(1):
             results.add(run)
+    if "federation" in names:
+        try:
+            for turn in range(1, rounds + 1):
+                progress(f"federation, round {turn}/{rounds}")
+                for run in federation.once(turn):
+                    results.add(run)
+        except federation.Missing as error:
+            progress(f"federation is skipped: {error}")
     if "growth" in names:
         growth.run(results, timing, rounds)
 
@@ -131,6 +139,7 @@ def show(results: Results) -> None:
         targets_table(results),
     ]
     sections += [crossworker.report(results), publish.report(results), growth.report(results)]
+    sections.append(federation.report(results))
     if any(run.scenario.startswith("index-") for run in results.runs):
         from bench import index
 

@@ -15,10 +15,10 @@ import os
 
 from ipc import layout
 from ipc.layout import BOARD_BYTES, FULL_SLOTS, INTEREST_BITS, PUBLISHER_SLOTS, SLOTS
-from ipc.record import NOBODY, Counter, Identity, PeerKind, Record, SlotState, fence
+from ipc.record import GAUGES, NOBODY, Counter, Identity, PeerKind, Record, SlotState, fence
 
 __all__ = [
-    "BOARD_BYTES", "BOARD_NAME", "FULL_SLOTS", "INTEREST_BITS", "NOBODY", "PUBLISHER_SLOTS", "SLOTS",
+    "BOARD_BYTES", "BOARD_NAME", "FULL_SLOTS", "GAUGES", "INTEREST_BITS", "NOBODY", "PUBLISHER_SLOTS", "SLOTS",
     "Board", "BoardError", "Counter", "Identity", "PeerKind", "Record", "SlotState", "fence",
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ import zmq
 from ipc import envelope as wire
 from ipc.board import Counter, SlotState
 from ipc.envelope import Envelope, FrameKind, Header
-from ipc.inbound import Deliver, Inbound
+from ipc.inbound import Deliver, Inbound, TakeOver
 from ipc.interest import OwnInterest
 from ipc.outbound import Link, Outbound
 from ipc.runtime import RuntimeDir
@@ -59,7 +59,15 @@ class BusClosed(Exception):
 class Bus:
     """One peer of the mesh. Call :meth:`start`, then use it, then :meth:`stop`, all on one loop."""
 
-    def __init__(self, runtime: RuntimeDir, slot: int, backlog: int) -> None:
+    def __init__(
+        self,
+        runtime: RuntimeDir,
+        slot: int,
+        backlog: int,
+        *,
+        federates: Callable[[str], bool] | None = None,
+        take_over: TakeOver | None = None,
+    ) -> None:
         self._runtime = runtime
         self._record = runtime.board.record(slot)
         self._slot = slot
@@ -67,8 +75,8 @@ class Bus:
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self.inbound = Inbound(runtime, slot, self._context)
-            self.outbound = Outbound(runtime, slot, self._context, backlog)
+            self.inbound = Inbound(runtime, slot, self._context, take_over)
+            self.outbound = Outbound(runtime, slot, self._context, backlog, federates=federates)
         except BaseException:
             # No more descriptors, say: what was opened by then must not stay.
             self._context.destroy(0)
@@ -162,14 +170,23 @@ class Bus:
         for link in tuple(self.outbound.links.values()):
             self.outbound.read_credit(link)
         return all(
-            (link.idle and (link.bye_answered or not link.ready)) or self._excused(link)
+            (self._parted(link) and (link.bye_answered or not link.ready)) or self._excused(link)
             for link in self.outbound.links.values()
         )
+
+    @staticmethod
+    def _parted(link: Link) -> bool:
+        """It needs us no more; a bridge goes on with what it has been sent."""
+        return not link.outbox if link.keep else link.idle
 
     def _excused(self, link: Link) -> bool:
         """Nobody waits for who stands still: its credit does not move, or it owes nothing and its heart is still."""
         heartbeat = self._runtime.board.record(link.slot).heartbeat
-        return link.stalled or (link.idle and time.monotonic_ns() - heartbeat > STALE_HEARTBEAT * 1e9)
+        # A bridge without Redis gives no credit, but it reads, and answers when it has all that could be sent to it.
+        stalled = link.stalled and (not link.keep or bool(link.outbox))
+        return stalled or (
+            (link.idle or link.keep) and time.monotonic_ns() - heartbeat > STALE_HEARTBEAT * 1e9
+        )
 
     def close(self) -> None:
         """Close sockets and timers at once; what is under way to others then counts as dropped."""
@@ -201,9 +218,21 @@ class Bus:
         if not self._open:
             raise BusClosed("the bus of this process is closed")
         if self.congested and self.outbound.fullest > 2 * self.backlog:
+            if envelope.offset:
+                # The others of this host find it in the store; other hosts must get it from us, in order.
+                self._flush()
+                self.outbound.to_bridge(envelope)
             raise BusFull(f"{self.outbound.fullest} bytes wait for a peer; await what you send")
+        federation = self.outbound.federation
+        if federation is not None:
+            federation.number(envelope)
+            try:
+                self._turn.append((envelope, wire.encode(envelope)))
+            except ValueError:
+                federation.take_back(envelope)
+                raise
         # Alone on the bus there is nobody to encode for, unless somebody comes before this turn ends.
-        if self.outbound.links or not wire.is_surely_encodable(envelope):
+        elif self.outbound.links or not wire.is_surely_encodable(envelope):
             self._turn.append((envelope, wire.encode(envelope)))
         else:
             self._turn.append((envelope, None))

@@ -28,6 +28,8 @@ from zlib import crc32
 
 import msgspec
 
+from ipc.origins import Origin
+
 TOPIC = 0
 BROADCAST = 1
 DIRECT = 2
@@ -48,6 +50,7 @@ _HEAD = struct.Struct(">8sBBHIQIQ")
 _CHECKSUM = struct.Struct(">I")
 _CHECKSUM_ARRAY = struct.Struct(">IBI")
 _ARRAY32 = 0xDD
+_ARRAY32_HEAD = struct.Struct(">BI")
 DESTINATION_BYTES = _DESTINATION.size
 HEADER_BYTES = _HEAD.size + _CHECKSUM.size
 _SANE = 1 << 48
@@ -72,6 +75,8 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     """Where it stands in the host's log; 0 on a topic without history. The text is in the log too."""
     info: bytes = b""
     """The JSON that tells who published it, where that is known."""
+    origin: Origin | None = None
+    """Its key when it is federated, see :mod:`ipc.origins`."""
 
 
 class FrameKind(IntEnum):
@@ -195,7 +200,11 @@ def decode_batch(message: bytes) -> tuple[list[Envelope], int]:
 
     A body that is no array at all counts as one. Never raises for bytes.
     """
-    body = memoryview(message)[HEADER_BYTES:]
+    return decode_array(memoryview(message)[HEADER_BYTES:])
+
+
+def decode_array(body: bytes | memoryview) -> tuple[list[Envelope], int]:
+    """The same of a msgpack array of envelopes, wherever it comes from."""
     try:
         return _batch_decoder.decode(body), 0
     except _UNDECODABLE:
@@ -205,6 +214,11 @@ def decode_batch(message: bytes) -> tuple[list[Envelope], int]:
     except _UNDECODABLE:
         return [], 1
     return _decode_each(parts)
+
+
+def encode_array(encoded: list[bytes]) -> bytes:
+    """A msgpack array of envelopes that are encoded already."""
+    return b"".join((_ARRAY32_HEAD.pack(_ARRAY32, len(encoded)), *encoded))
 
 
 def _decode_each(parts: Iterable[msgspec.Raw]) -> tuple[list[Envelope], int]:

@@ -54,19 +54,23 @@ class _Sent(NamedTuple):
     position: int
     number: int
     envelopes: int
+    body: bytes
+    """Kept only where a successor is to get it, see :attr:`SendFlow.keep`."""
 
 
 class SendFlow:
     """What one sender has for one receiver."""
 
     __slots__ = (
-        "_fresh", "_looked", "_outstanding", "_still", "acked", "acked_number", "backlog", "dropped", "number",
+        "_fresh", "_looked", "_outstanding", "_still", "acked", "acked_number", "backlog", "dropped", "keep", "number",
         "outbox", "outbox_bytes", "position", "ready", "stalled", "window",
     )  # fmt: skip
 
-    def __init__(self, window: int = WINDOW, backlog: int = BACKLOG) -> None:
+    def __init__(self, window: int = WINDOW, backlog: int = BACKLOG, *, keep: bool = False) -> None:
         self.window = window
         self.backlog = backlog
+        self.keep = keep
+        """What is under way is remembered whole, for a successor of the receiver: see :meth:`surrender`."""
         self.ready = False
         """The receiver's subscription was seen: what is sent now arrives."""
         self.number = 0
@@ -101,9 +105,7 @@ class SendFlow:
     @property
     def unacknowledged(self) -> int:
         """Envelopes given and neither processed nor dropped."""
-        return sum(sent.envelopes for sent in self._outstanding) + sum(
-            batch.envelopes for batch in self.outbox
-        )
+        return sum(sent.envelopes for sent in self._outstanding) + self.waiting_envelopes
 
     @property
     def last_number(self) -> int:
@@ -136,7 +138,8 @@ class SendFlow:
         self.outbox.popleft()
         self.outbox_bytes -= size
         self.position += size
-        self._outstanding.append(_Sent(self.position, batch.number, batch.envelopes))
+        body = batch.body if self.keep else b""
+        self._outstanding.append(_Sent(self.position, batch.number, batch.envelopes, body))
         return batch
 
     def credit(self, position: int) -> bool:
@@ -182,12 +185,29 @@ class SendFlow:
         """The receiver is gone: everything not processed is given up. Answers how many envelopes that is."""
         lost = self.unacknowledged
         self.dropped += lost
+        self._forget()
+        return lost
+
+    def surrender(self) -> list[Batch]:
+        """The receiver is gone: everything not processed, in order, for its successor. Needs :attr:`keep`."""
+        kept = [Batch(sent.number, sent.envelopes, sent.body) for sent in self._outstanding]
+        kept += self.outbox
+        stalled = self.stalled
+        self._forget()
+        self.stalled = stalled
+        return kept
+
+    @property
+    def waiting_envelopes(self) -> int:
+        """Envelopes in the outbox, not sent yet."""
+        return sum(batch.envelopes for batch in self.outbox)
+
+    def _forget(self) -> None:
         self._outstanding.clear()
         self.outbox.clear()
         self.outbox_bytes = 0
         self.ready = False
         self.stalled = False
-        return lost
 
 
 class ReceiveFlow:

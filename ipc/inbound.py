@@ -14,14 +14,17 @@ from collections.abc import Callable
 import zmq
 
 from ipc import envelope as wire
-from ipc.board import SLOTS, Counter
+from ipc.board import SLOTS, Counter, PeerKind
 from ipc.envelope import BadFrame, Envelope, FrameKind, Header
 from ipc.flow import ReceiveFlow, pack_credit
+from ipc.origins import Seen
 from ipc.runtime import RuntimeDir, inbox_name
 
 logger = logging.getLogger("ipc")
 
 Deliver = Callable[[list[Envelope]], None]
+TakeOver = Callable[[Header, list[Envelope], Callable[[], None]], None]
+"""Gets every batch, whatever its channel, and calls the function when the sender may be given credit for it."""
 
 BATCHES_A_TURN = 256
 BYTES_A_TURN = 1024 * 1024
@@ -41,9 +44,11 @@ _DONTWAIT = int(zmq.DONTWAIT)
 class _Sender:
     """One sender, as this receiver sees it."""
 
-    __slots__ = ("complained", "epoch", "flow")
+    __slots__ = ("complained", "epoch", "flow", "foreign")
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, foreign: bool) -> None:
+        self.foreign = foreign
+        """It may be a bridge, which brings messages of other hosts."""
         self.epoch = epoch
         self.flow = ReceiveFlow()
         self.complained = False
@@ -52,7 +57,13 @@ class _Sender:
 class Inbound:
     """The inbox of a full slot. Bound from the constructor on; :meth:`close` it. Belongs to one thread."""
 
-    def __init__(self, runtime: RuntimeDir, slot: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self,
+        runtime: RuntimeDir,
+        slot: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        take_over: TakeOver | None = None,
+    ) -> None:
         self.on_control: Callable[[Header], None] = _ignore
         """Called for each control message but TAIL."""
         self.on_gap: Callable[[], None] = _nothing
@@ -63,10 +74,14 @@ class Inbound:
         self._record = self._board.record(slot)
         self._signed = self._board.signed
         self._received_index = self._record.counter_index(Counter.BUS_RECEIVED)
+        self._take_over = take_over
+        self._foreign = Seen()
+        """Of the messages of other hosts: a bridge that was restarted brings some a second time."""
         self._channels: dict[str, Deliver] = {}
         self._senders: dict[tuple[int, int], _Sender] = {}
         self._newest: dict[int, _Sender] = {}
         self._complained: set[tuple[int, int]] = set()
+        self._closed = False
         self._socket = context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -130,7 +145,7 @@ class Inbound:
             self._take_batch(message, header, sender)
         elif header.kind == FrameKind.TAIL:
             self._note_gap(header, sender, sender.flow.accept(header.number, 0))
-            self._give_credit(header, sender)
+            self._settle(header, sender, [])
         elif header.kind <= FrameKind.BYE_ACK:
             self.on_control(header)
         else:
@@ -147,10 +162,29 @@ class Inbound:
         if bad or len(envelopes) != header.envelopes:
             bad = max(bad, header.envelopes - len(envelopes))
             self._invalid((header.slot, header.epoch), bad, "an envelope that cannot be understood")
+        self._signed[self._received_index] += len(envelopes)
+        self._settle(header, sender, envelopes)
+
+    def _settle(self, header: Header, sender: _Sender, envelopes: list[Envelope]) -> None:
+        """Hand on what came and give credit for it, now or when whoever takes it over says so."""
+        if self._take_over is not None:
+            self._take_over(header, envelopes, lambda: self._give_credit(header, sender))
+            return
+        if sender.foreign:
+            envelopes = self._unseen(envelopes)
         if envelopes:
             self._hand_on(envelopes)
-            self._signed[self._received_index] += len(envelopes)
         self._give_credit(header, sender)
+
+    def _unseen(self, envelopes: list[Envelope]) -> list[Envelope]:
+        note = self._foreign.note
+        fresh = [
+            envelope
+            for envelope in envelopes
+            if envelope.origin is None or not envelope.origin[0] or note(*envelope.origin) >= 0
+        ]
+        self._record.add(Counter.FEDERATION_DUPLICATES, len(envelopes) - len(fresh))
+        return fresh
 
     def _hand_on(self, envelopes: list[Envelope]) -> None:
         channel = envelopes[0].channel
@@ -172,6 +206,8 @@ class Inbound:
 
     def _give_credit(self, header: Header, sender: _Sender) -> None:
         # A predecessor's late batches are handed on, but the cell belongs to the newest owner of the slot.
+        if self._closed:
+            return
         if sender.flow.processed(header.position) and self._newest[header.slot] is sender:
             index = self._board.credit_index(self._slot, header.slot)
             self._board.words[index] = pack_credit(header.epoch, header.position)
@@ -187,7 +223,9 @@ class Inbound:
             key for key, sender in self._senders.items() if key[0] == header.slot and sender is not newest
         ]:
             del self._senders[key]
-        sender = self._senders[header.slot, header.epoch] = _Sender(header.epoch)
+        identity = self._board.record(header.slot).identity()
+        foreign = identity.kind is PeerKind.BRIDGE or identity.epoch != header.epoch
+        sender = self._senders[header.slot, header.epoch] = _Sender(header.epoch, foreign)
         if newest is None or header.epoch > newest.epoch:
             self._newest[header.slot] = sender
         return sender
@@ -209,6 +247,7 @@ class Inbound:
 
     def close(self) -> None:
         """Close the inbox and delete its file."""
+        self._closed = True
         self._socket.close(0)
         try:
             os.unlink(inbox_name(self._slot, self._record.epoch), dir_fd=self._runtime.fd)

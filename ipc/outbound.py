@@ -12,78 +12,30 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import zmq
 
 from ipc import envelope as wire
-from ipc.board import Counter, fence
+from ipc.board import Counter, PeerKind, fence
 from ipc.envelope import Envelope, FrameKind
-from ipc.flow import SendFlow, unpack_credit
+from ipc.federation import NO_SLOT, Federation
+from ipc.flow import unpack_credit
 from ipc.interest import InterestKind, Place, PlaceCache, interest_in
+from ipc.link import FIRST_TAIL, Key, Link, Waiter
 from ipc.runtime import RuntimeDir, inbox_name
 
 logger = logging.getLogger("ipc")
 
+__all__ = ["Key", "Link", "Outbound", "Waiter"]
+
 _ROUTES = 16384
-_FIRST_TAIL = 0.5
 _LONGEST_TAIL = 32.0
 
 # As plain numbers: the enumerations cost more than the calls.
 _EVENTS = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
 _DONTWAIT = int(zmq.DONTWAIT)
-
-Key = tuple[int, int]
-"""(slot, epoch): who a peer is, for ever."""
-
-
-class Waiter(Protocol):
-    """Somebody who wants to know when an envelope has been dealt with by a peer, or the peer is gone."""
-
-    def one_done(self) -> None: ...
-
-
-class Link(SendFlow):
-    """One receiver, as this sender sees it."""
-
-    __slots__ = (
-        "bye_answered", "counted", "credit_index", "endpoint", "epoch", "greeted", "hello_answered", "map_offset",
-        "owes_bye", "owes_hello", "slot", "tail_at", "tail_pause", "tail_said", "to", "turn", "waiters",
-    )  # fmt: skip
-
-    def __init__(
-        self, slot: int, epoch: int, endpoint: str, backlog: int, credit_index: int, map_offset: int
-    ) -> None:
-        super().__init__(backlog=backlog)
-        self.slot = slot
-        self.epoch = epoch
-        self.endpoint = endpoint
-        self.to = wire.destination(slot, epoch)
-        self.credit_index = credit_index
-        self.map_offset = map_offset
-        self.turn: list[bytes] = []
-        """What this turn has brought for it."""
-        self.counted = 0
-        """How much of ``dropped`` is on the board."""
-        self.greeted = False
-        """It was told HELLO, so the way there is open and it knows us."""
-        self.hello_answered = False
-        self.owes_hello = False
-        """It waits for our HELLO_ACK, which we can send when its subscription is seen."""
-        self.owes_bye = False
-        self.bye_answered = False
-        self.tail_at = 0.0
-        self.tail_pause = _FIRST_TAIL
-        self.tail_said = (0, 0)
-        self.waiters: deque[tuple[int, Waiter]] = deque()
-
-    @property
-    def key(self) -> Key:
-        """Who it is."""
-        return self.slot, self.epoch
 
 
 class Outbound:
@@ -97,6 +49,7 @@ class Outbound:
         backlog: int,
         *,
         lossless: bool = False,
+        federates: Callable[[str], bool] | None = None,
     ) -> None:
         self.backlog = backlog
         self.drop_fraction = 0.0
@@ -114,6 +67,11 @@ class Outbound:
         self._record = self._board.record(slot)
         self._signed = self._board.signed
         self._sent_index = self._record.counter_index(Counter.BUS_SENT)
+        self.federation: Federation | None = None
+        """Numbers and holds what is for the bridge; None in a hub without one."""
+        if federates is not None:
+            held = Link(NO_SLOT, 0, "", backlog, 0, 0, keep=True)
+            self.federation = Federation(federates, slot, self._epoch, held)
         self._seen = b""
         self._members: set[Key] = set()
         self._routes: dict[tuple[str, str], tuple[Link, ...]] = {}
@@ -151,7 +109,8 @@ class Outbound:
 
     def _connect(self, slot: int, epoch: int) -> None:
         endpoint = f"ipc:///proc/self/fd/{self._runtime.fd}/{inbox_name(slot, epoch)}"
-        backlog = 1 << 62 if self._lossless else self.backlog
+        bridge = self.federation is not None and self._board.record(slot).kind is PeerKind.BRIDGE
+        backlog = 1 << 62 if self._lossless and not bridge else self.backlog
         link = Link(
             slot,
             epoch,
@@ -159,13 +118,19 @@ class Outbound:
             backlog,
             self._board.credit_index(slot, self._slot),
             self._board.map_offset(slot),
+            keep=bridge,
         )
         self.links[link.key] = link
         self._unready.add(link.key)
+        if bridge and self.federation is not None and self.federation.arrived(link):
+            self._advance(link)
+            self._record.set(Counter.FEDERATION_HELD, 0)
         self._socket.connect(endpoint)
 
     def _forget(self, link: Link) -> None:
         self.read_credit(link)
+        if self.federation is not None and self.federation.departed(link):
+            self._next_bridge(self.federation)
         lost = link.abandon()
         if lost:
             logger.warning("peer %d.%d is gone; %d messages for it are dropped", link.slot, link.epoch, lost)
@@ -180,6 +145,23 @@ class Outbound:
         except zmq.ZMQError as error:
             logger.debug("disconnect from %s: %s", link.endpoint, error)
         self.on_gone(link)
+
+    def _next_bridge(self, federation: Federation) -> None:
+        """Ours is gone: another that has come already takes over, or what was for it is held."""
+        others = (link for link in self.links.values() if link.keep and link.key in self._board_members())
+        link = next(others, None)
+        if link is not None and federation.arrived(link):
+            self._advance(link)
+        else:
+            self._note_held(federation.link)
+
+    def _board_members(self) -> set[Key]:
+        return set(self._board.live_full_slots())
+
+    def _note_held(self, held: Link) -> None:
+        self._record.set(Counter.FEDERATION_HELD, held.outbox_bytes)
+        if held.dropped != held.counted:
+            self._count_dropped(held)
 
     def read_subscriptions(self) -> None:
         """Read what the socket has to say: after each event, and see :meth:`after_sending`."""
@@ -254,11 +236,14 @@ class Outbound:
         self.refresh()
         touched: dict[Key, Link] = {}
         known = self._routes.get
+        federation = self.federation
         for envelope, encoded in entries:
             # The usual case, without a call.
             links = known((envelope.channel, envelope.topic)) if envelope.kind == wire.TOPIC else None
             if links is None:
                 links = self.route(envelope)
+            if federation is not None and envelope.origin is not None:
+                links = (*links, federation.link)
             if not links:
                 continue
             if encoded is None:
@@ -271,6 +256,15 @@ class Outbound:
         for link in touched.values():
             self.give_turn(link)
         self.after_sending()
+
+    def to_bridge(self, envelope: Envelope) -> None:
+        """Send an envelope to other hosts alone: it is stored, and so published, though the bus has no room for it."""
+        federation = self.federation
+        if federation is not None:
+            federation.number(envelope)
+            if envelope.origin is not None:
+                federation.link.turn.append(wire.encode(envelope))
+                self.give_turn(federation.link)
 
     def after_sending(self) -> None:
         """The socket's descriptor is edge-triggered, and a send may swallow the signal that a subscription has come in.
@@ -291,7 +285,10 @@ class Outbound:
         else:
             for part in _split(turn):
                 link.offer(b"".join(part), len(part))
-        self._advance(link)
+        if link.slot == NO_SLOT:
+            self._note_held(link)
+        else:
+            self._advance(link)
 
     def _advance(self, link: Link) -> None:
         """Send what the window permits; remember the link while something is left."""
@@ -327,7 +324,7 @@ class Outbound:
         was_stalled = link.stalled
         if not link.credit(unpack_credit(self._board.words[link.credit_index], self._epoch)):
             return False
-        link.tail_pause = _FIRST_TAIL
+        link.tail_pause = FIRST_TAIL
         link.tail_at = 0.0
         while link.waiters and link.waiters[0][0] <= link.acked_number:
             link.waiters.popleft()[1].one_done()
@@ -337,6 +334,8 @@ class Outbound:
 
     def _count_dropped(self, link: Link) -> None:
         self._record.add(Counter.BUS_DROPPED, link.dropped - link.counted)
+        if link.keep:
+            self._record.add(Counter.FEDERATION_DROPPED, link.dropped - link.counted)
         link.counted = link.dropped
 
     # -- time ------------------------------------------------------------------------------------------------------
@@ -365,7 +364,11 @@ class Outbound:
     def fullest(self) -> int:
         """Bytes in the fullest outbox of those that publishers have to wait for."""
         return max(
-            (link.outbox_bytes for link in self._queued.values() if self._lossless or not link.stalled),
+            (
+                link.outbox_bytes
+                for link in self._queued.values()
+                if not link.stalled or (self._lossless and not link.keep)
+            ),
             default=0,
         )
 
@@ -402,7 +405,7 @@ class Outbound:
         if not link.ready or now < link.tail_at or (said == link.tail_said and link.acked == link.position):
             return
         # Ever more rarely as long as nothing moves: a stopped process must not be sent these for ever.
-        link.tail_pause = _FIRST_TAIL if said != link.tail_said else min(link.tail_pause * 2, _LONGEST_TAIL)
+        link.tail_pause = FIRST_TAIL if said != link.tail_said else min(link.tail_pause * 2, _LONGEST_TAIL)
         link.tail_at = now + link.tail_pause
         link.tail_said = said
         self.control(link, FrameKind.TAIL)
@@ -415,7 +418,16 @@ class Outbound:
         self._routes.clear()
 
     def close(self) -> None:
-        """Close the socket; what was not processed by then counts as dropped."""
+        """Close the socket; what was not processed by then counts as dropped.
+
+        But not what a living bridge has been sent: it will go on without us.
+        """
+        if self.federation is not None:
+            link = self.federation.link
+            link.dropped += link.waiting_envelopes
+            self._count_dropped(link)
+            self.federation = None
+            link.surrender()
         self.forget_all()
         self._socket.close(0)
 

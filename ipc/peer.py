@@ -18,7 +18,7 @@ from ipc.board import Counter, PeerKind, Record, SlotState
 from ipc.bus import Bus, BusClosed, BusFull
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope, EnvelopeTooBig
 from ipc.flow import BACKLOG
-from ipc.inbound import Deliver
+from ipc.inbound import Deliver, TakeOver
 from ipc.interest import InterestKind
 from ipc.rules import Rules
 from ipc.runtime import RulesMismatch, RuntimeDir, RuntimeDirError, locked_too_long
@@ -83,6 +83,7 @@ class Peer:
         listener: int | None = None,
         rules: Rules | None = None,
         bus_backlog: int = BACKLOG,
+        take_over: TakeOver | None = None,
     ) -> Peer:
         """Join the hub of a runtime directory; when this returns, messages pass both ways.
 
@@ -95,6 +96,7 @@ class Peer:
             listener: index of the listening socket that a worker serves.
             rules: the topic rules; None takes those of the running hub.
             bus_backlog: bytes that may wait for one peer before publishers must pause.
+            take_over: for a bridge: gets everything that comes, and says itself when it has been dealt with.
 
         Raises:
             RuntimeDirError: the directory cannot be used, or has no free slot, or its hub has other rules.
@@ -106,7 +108,9 @@ class Peer:
             peer = await asyncio.shield(opening)
             if _peers.get(key) is opening and peer.runtime.is_current():
                 return peer._share(rules)
-        opening = _peers[key] = asyncio.ensure_future(cls._open(path, kind, listener, rules, bus_backlog))
+        opening = _peers[key] = asyncio.ensure_future(
+            cls._open(path, kind, listener, rules, bus_backlog, take_over)
+        )
         try:
             peer = await opening
         except BaseException:
@@ -120,7 +124,13 @@ class Peer:
 
     @classmethod
     async def _open(
-        cls, path: str, kind: PeerKind, listener: int | None, rules: Rules | None, bus_backlog: int
+        cls,
+        path: str,
+        kind: PeerKind,
+        listener: int | None,
+        rules: Rules | None,
+        bus_backlog: int,
+        take_over: TakeOver | None = None,
     ) -> Peer:
         runtime = await _enter(path)
         try:
@@ -130,7 +140,8 @@ class Peer:
                 slot = runtime.claim(kind, listener)
             finally:
                 runtime.unlock_directory()
-            bus = Bus(runtime, slot, bus_backlog)
+            federates = None if kind is PeerKind.BRIDGE or agreed.federate is None else agreed.federates
+            bus = Bus(runtime, slot, bus_backlog, federates=federates, take_over=take_over)
             try:
                 await bus.start()
             except BaseException:
@@ -141,7 +152,8 @@ class Peer:
             raise
         peer = cls(runtime, slot, agreed, bus)
         try:
-            await peer._open_stores()
+            if kind is not PeerKind.BRIDGE:
+                await peer._open_stores()
         except BaseException:
             peer._end()
             raise

@@ -85,9 +85,31 @@ class Counter(IntEnum):
     """Handshakes refused."""
     ERRORS_OUT = 18
     """Error messages to clients."""
+    FEDERATION_OUT = 32
+    """Envelopes that Redis has taken from this host."""
+    FEDERATION_IN = 33
+    """Envelopes of other hosts that were put on the bus."""
+    FEDERATION_DROPPED = 34
+    """Envelopes of this host that were given up on their way to Redis."""
+    FEDERATION_GAPS = 35
+    """Envelopes of other hosts that never came, known from their numbering."""
+    FEDERATION_DUPLICATES = 36
+    """Envelopes of other hosts that came again and were left out."""
+    FEDERATION_SPOOL = 37
+    """Gauge: bytes that wait in the bridge for Redis."""
+    FEDERATION_HELD = 38
+    """Gauge: bytes that a process holds for a bridge that is not there."""
 
 
-_GAUGES = (Counter.CONNECTIONS, Counter.SUBSCRIPTIONS, Counter.BACKLOG, Counter.BUS_BACKLOG)
+GAUGES = (
+    Counter.CONNECTIONS,
+    Counter.SUBSCRIPTIONS,
+    Counter.BACKLOG,
+    Counter.BUS_BACKLOG,
+    Counter.FEDERATION_SPOOL,
+    Counter.FEDERATION_HELD,
+)
+"""They say what is now, so they count for living owners only; the other counters go up for ever."""
 
 
 class Identity(NamedTuple):
@@ -164,6 +186,15 @@ class Record:
     def append_ends(self) -> None:
         """Say that it has let go of it."""
         self._words[self._base + layout.APPEND_SINCE] = 0
+
+    @property
+    def condition(self) -> int:
+        """What a bridge says of its link to Redis: the number of an :class:`ipc.federation.LinkState`."""
+        return self._words[self._base + layout.CONDITION]
+
+    @condition.setter
+    def condition(self, number: int) -> None:
+        self._words[self._base + layout.CONDITION] = number
 
     @property
     def kind(self) -> PeerKind:
@@ -263,9 +294,10 @@ class Record:
         self.state = SlotState.FREE
 
     def _clear(self) -> None:
-        for gauge in _GAUGES:
+        for gauge in GAUGES:
             self.set(gauge, 0)
         self.append_ends()
+        self.condition = 0
         if self.slot < layout.FULL_SLOTS:
             start = layout.MAPS + self.slot * layout.MAP_BYTES
             self._memory[start : start + layout.MAP_BYTES] = bytes(layout.MAP_BYTES)

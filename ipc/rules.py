@@ -19,7 +19,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, get_args
 import msgspec
 
 from ipc.store_records import Retention
-from ipc.topics import MAX_TOPIC_BYTES, InvalidTopic, check_pattern, check_wildcards, shown
+from ipc.topics import MAX_TOPIC_BYTES, InvalidTopic, check_pattern, check_wildcards, matches, shown
 
 Access = Literal["nobody", "authenticated", "anyone"]
 """Who may do something: no client at all, clients with a valid token, or every client."""
@@ -50,6 +50,7 @@ class TopicRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         history_size: how many messages are kept; 0 for none.
         history_ttl: for how many seconds; 0 for as long as there is room.
         presence: whether it is known who is subscribed.
+        federate: whether these topics' messages go to other hosts, if the hub has a bridge.
     """
 
     publish: Access | None = None
@@ -58,6 +59,7 @@ class TopicRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     history_size: int | None = None
     history_ttl: float | None = None
     presence: bool | None = None
+    federate: bool | None = None
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
@@ -71,6 +73,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             publish and subscribe; otherwise only authenticated clients may.
         data_dir: where history is kept on disk; empty: in the runtime directory, as long as the hub lives.
         store_size: bound of the store in bytes; 0: the default.
+        federate: patterns of the topics that a bridge carries to other hosts; None: the hub has no bridge.
 
     Raises:
         ValueError: a key is no valid one, see `check_rule_key`.
@@ -82,6 +85,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     anonymous: bool = True
     data_dir: str = ""
     store_size: int = 0
+    federate: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for key in self.topics:
@@ -132,6 +136,10 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Whether any topic has presence."""
         return any(rule.presence for rule in self.topics.values())
 
+    def federates(self, topic: str) -> bool:
+        """Tell whether a topic's messages go to other hosts."""
+        return self._federates[topic]
+
     def encode(self) -> bytes:
         """Return the rules as JSON, the content of `rules.json`; equal rules give equal bytes."""
         return msgspec.json.encode(self, order="sorted")
@@ -150,13 +158,14 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if not isinstance(values, dict):
             raise ValueError(f"rules must be a JSON object, not {shown(values)}")
         topics = parse_topics(values.pop("topics", {}))
+        federate = _parse_patterns(values.pop("federate", None))
         for name, value in values.items():
             if name == "data_dir" and isinstance(value, str):
                 continue
             if name == "store_size" and type(value) is int:
                 continue
             _check_value(name, value, _TOP_LEVEL_VALUES.get(name))
-        return cls(topics=topics, **values)
+        return cls(topics=topics, federate=federate, **values)
 
     def difference(self, other: Rules) -> str | None:
         """Say in words where these rules ("here") differ from those of the running hub; None: nowhere."""
@@ -170,7 +179,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             words = _difference(name, getattr(self, name), getattr(other, name))
             if words:
                 return words
-        return None
+        if self.federate is None:
+            return None  # whoever joins a hub without saying takes what it federates
+        return _difference("federate", self.federate, other.federate)
 
     @property
     def _default_access(self) -> Access:
@@ -208,9 +219,25 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return _Cache(lambda pattern: tree.of_pattern(pattern) == "on")
 
     @cached_property
+    def _federates(self) -> _Cache[bool]:
+        table = _Table(self.topics, "federate", True)
+        patterns = self.federate or ()
+        return _Cache(lambda topic: table.of_topic(topic) and matches(topic, patterns))
+
+    @cached_property
     def _slow_consumer(self) -> _Cache[SlowPolicy]:
         table = _Table(self.topics, "slow_consumer", DEFAULT_SLOW_POLICY)
         return _Cache(table.of_topic)
+
+
+def _parse_patterns(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(pattern, str) for pattern in value):
+        raise ValueError(f"federate = {shown(value)}: must be a list of patterns")
+    for pattern in value:
+        check_pattern(pattern)
+    return tuple(value)
 
 
 def check_rule_key(key: str) -> None:
@@ -257,6 +284,7 @@ _TOPIC_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "subscribe": (*_ACCESS, None),
     "slow_consumer": (*get_args(SlowPolicy), None),
     "presence": (True, False, None),
+    "federate": (True, False, None),
 }
 _TOPIC_NUMBERS: Final[dict[str, tuple[float, str]]] = {
     "history_size": (MAX_HISTORY_SIZE, f"an integer from 0 to {MAX_HISTORY_SIZE} (0: no history)"),

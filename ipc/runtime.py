@@ -42,7 +42,11 @@ logger = logging.getLogger("ipc")
 LOCK_NAME = "lock"
 CONTROL_NAME = "control.sock"
 PID_NAME = "supervisor.pid"
+HOST_NAME = "host"
+BRIDGE_NAME = "bridge"
+_BRIDGE_FILES = (HOST_NAME, f"{HOST_NAME}.new", BRIDGE_NAME, f"{BRIDGE_NAME}.new")
 _OUR_FILES = (
+    *_BRIDGE_FILES,
     CONTROL_NAME,
     PID_NAME,
     RULES_NAME,
@@ -230,7 +234,8 @@ class RuntimeDir:
 
     def _clean(self) -> None:
         for name in os.listdir(self.fd):
-            if _INBOX.fullmatch(name) or name in (CONTROL_NAME, PID_NAME, RULES_NAME, f"{RULES_NAME}.new"):
+            ours = (CONTROL_NAME, PID_NAME, RULES_NAME, f"{RULES_NAME}.new", *_BRIDGE_FILES)
+            if _INBOX.fullmatch(name) or name in ours:
                 self._unlink(name)
         self._remove_store()
         try:

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import zmq
 
+from ipc import envelope as wire
 from ipc.board import FULL_SLOTS, PeerKind, SlotState
 from ipc.envelope import TOPIC, Envelope
+from ipc.federation import Federation
 from ipc.flow import BACKLOG
 from ipc.outbound import Link, Outbound
 from ipc.positions import Position
+from ipc.rules import Rules
 from ipc.runtime import RuntimeDir
 
 if TYPE_CHECKING:
@@ -56,13 +59,16 @@ class Delivery:
 class Sender:
     """An open publisher: slot, socket, board. No loop and no thread: its owner calls :meth:`poll`."""
 
-    def __init__(self, runtime: RuntimeDir, slot: int) -> None:
+    def __init__(self, runtime: RuntimeDir, slot: int, rules: Rules) -> None:
         self.pid = os.getpid()
         self._runtime = runtime
         self._record = runtime.board.record(slot)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._outbound = Outbound(runtime, slot, self._context, BACKLOG, lossless=True)
+            federates = None if rules.federate is None else rules.federates
+            self._outbound = Outbound(
+                runtime, slot, self._context, BACKLOG, lossless=True, federates=federates
+            )
         except BaseException:
             self._context.destroy(0)
             raise
@@ -70,7 +76,7 @@ class Sender:
         self._next_tick = 0.0
         self._looked = time.monotonic()
         self._store: Store | None = None
-        self._rules = runtime.agree(None)
+        self._rules = rules
         self._record.state = SlotState.READY
 
     def stored(
@@ -140,8 +146,13 @@ class Sender:
         """Send messages; the delivery of each that concerns nobody is done at once."""
         outbound = self._outbound
         outbound.refresh()
+        federation = outbound.federation
         touched: dict[tuple[int, int], Link] = {}
-        for envelope, encoded, delivery in entries:
+        for envelope, plain, delivery in entries:
+            encoded = plain
+            if federation is not None:
+                federation.number(envelope)
+                encoded = _encode_numbered(envelope, federation)
             # Held back by one until all have it, or the first to be gone could end it.
             delivery.remaining = 1
             for link in outbound.route(envelope):
@@ -149,6 +160,13 @@ class Sender:
                 link.turn.append(encoded)
                 link.waiters.append((link.number + len(link.turn), delivery))
                 touched[link.key] = link
+            if federation is not None and envelope.origin is not None:
+                bridge = federation.link
+                bridge.turn.append(encoded)
+                touched[bridge.key] = bridge
+                if not federation.waits_for_bridge:
+                    delivery.remaining += 1
+                    bridge.waiters.append((bridge.number + len(bridge.turn), delivery))
             delivery.one_done()
         for link in touched.values():
             outbound.give_turn(link)
@@ -176,6 +194,15 @@ class Sender:
         self._outbound.close()
         self._context.term()
         self._runtime.close()
+
+
+def _encode_numbered(envelope: Envelope, federation: Federation) -> bytes:
+    """An envelope with its number; one that the number has made too large stays on this host."""
+    try:
+        return wire.encode(envelope)
+    except wire.EnvelopeTooBig:
+        federation.take_back(envelope)
+        return wire.encode(envelope)
 
 
 def opening(path: str, deadline: float) -> Generator[float, None, Sender]:
@@ -212,7 +239,7 @@ def _try_open(path: str) -> Sender | None:
             runtime.close()
             return None
         slot = runtime.claim(PeerKind.PUBLISHER)
-        sender = Sender(runtime, slot)
+        sender = Sender(runtime, slot, runtime.agree(None))
     except BaseException:
         runtime.unlock_directory()
         runtime.close()

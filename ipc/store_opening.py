@@ -25,10 +25,14 @@ async def open_log(peer: Peer) -> HostLog:
     Raises:
         RuntimeDirError: its store cannot be opened; the text says why.
     """
+    return HostLog(await open_store(peer), peer.publish)
+
+
+async def open_store(peer: Peer) -> Store:
+    """The store alone, for a bridge, which writes to it and has nobody to deliver to. Raises as :func:`open_log`."""
     rules = peer.rules
     directory = rules.data_dir or runtime_store(peer.runtime.fd)
-    store = await _open(directory, rules.store_size, bool(rules.data_dir), peer.record)
-    return HostLog(store, peer.publish)
+    return await _open(directory, rules.store_size, bool(rules.data_dir), peer.record)
 
 
 async def open_presence(peer: Peer) -> PresenceBoard:

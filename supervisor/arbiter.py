@@ -10,6 +10,7 @@ import logging
 import os
 import selectors
 import time
+from typing import TYPE_CHECKING
 
 from supervisor import status
 from supervisor.banner import notice
@@ -30,6 +31,9 @@ from supervisor.scaling import Scaling
 from supervisor.seat import Seat, counted
 from supervisor.signals import SignalQueue
 from supervisor.worker_process import Phase, WorkerProcess
+
+if TYPE_CHECKING:
+    from supervisor.bridge import BridgeKeeper
 
 logger = logging.getLogger("supervisor")
 
@@ -54,6 +58,7 @@ class Arbiter:
         *,
         address: str,
         watcher: SourceWatcher | None = None,
+        bridge: BridgeKeeper | None = None,
     ) -> None:
         now = time.monotonic()
         self.flock = flock
@@ -62,6 +67,7 @@ class Arbiter:
         self.failure = ""
         """The words that belong last on stderr, when the hub could not start."""
         self.address = address
+        self.bridge = bridge
         self._selector = selector
         self._signals = signals
         self._clock = Clockwork(now, ASLEEP)
@@ -113,7 +119,7 @@ class Arbiter:
             return "starting"
         if self._reload.rounds.active:
             return "reloading"
-        missing = any(
+        missing = (self.bridge is not None and self.bridge.is_missed) or any(
             not seat.serves and (seat.was_ready or seat.backoff.failures)
             for seat in self.flock.wanted_seats()
         )
@@ -243,6 +249,9 @@ class Arbiter:
 
     def promote(self, process: WorkerProcess, now: float) -> None:
         """A worker is ready: it serves its seat, and whom it succeeds may go."""
+        if self.bridge is not None and self.bridge.owns(process):
+            self.bridge.promote()
+            return
         seat = self.flock.seats[process.index]
         seat.was_ready = True
         logger.debug("%s is ready", process)
@@ -251,6 +260,8 @@ class Arbiter:
 
     def replace_departed(self, process: WorkerProcess, now: float) -> None:
         """A worker drains because somebody sent it SIGTERM: its seat must not wait for its end."""
+        if process.index not in self.flock.seats:
+            return  # the bridge, whose successor takes over when it is gone
         seat = self.flock.seats[process.index]
         logger.warning("%s drains without having been told to", process)
         if seat.worker is process:
@@ -285,6 +296,8 @@ class Arbiter:
             logger.info("%s", words)
         else:
             logger.error("%s", words)
+        if self.bridge is not None and self.bridge.owns(process) and not self._stopping:
+            self.bridge.ended(process, now)
         if self._stopping or seat is None or process not in (seat.worker, seat.successor):
             return
         was_successor = seat.successor is process
@@ -309,6 +322,10 @@ class Arbiter:
             if self._verdict.booted:
                 self._reload.advance(now)
             self.spawn_due(now)
+            if self.bridge is not None:
+                self.bridge.spawn_due(now)
+        elif self.bridge is not None:
+            self.bridge.stop_last(now)
         if not self._stopping:
             self.flock.steer()
         if self.control is not None:
@@ -334,7 +351,8 @@ class Arbiter:
         seats = self.flock.wanted_seats()
         serving = sum(seat.serves for seat in seats)
         if state == "degraded":
-            logger.warning("degraded: %d of %s serve", serving, counted(len(seats)))
+            bridge = ", no bridge" if self.bridge is not None and not self.bridge.serves else ""
+            logger.warning("degraded: %d of %s serve%s", serving, counted(len(seats)), bridge)
         elif state == "ready":
             again = "" if self._reported == "starting" else " again"
             notice.info("ready%s: %s on %s", again, counted(len(seats)), self.address)
@@ -349,7 +367,8 @@ class Arbiter:
         logger.info("stopping: workers drain within %g s", self.flock.settings.drain_timeout)
         self._end_service()
         for process in list(self.flock.processes.values()):
-            self.flock.drain(process, "stop", now)
+            if self.bridge is None or not self.bridge.owns(process):
+                self.flock.drain(process, "stop", now)
 
     def give_up(self, reason: str, now: float) -> None:
         """The hub can not start: end it with exit code 3 and this reason."""

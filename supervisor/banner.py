@@ -66,7 +66,7 @@ def describe(settings: Settings, port: int, runtime_dir: str) -> dict[str, Any]:
         "origins": ", ".join(settings.allow_origin) or "the same host",
         "topic_rules": _rules(settings.rules),
         "history": _history(settings),
-        "bridge": "off",
+        "bridge": _bridge(settings),
         "endpoints": endpoints(settings, port),
     }
 
@@ -85,6 +85,14 @@ def _application(settings: Settings) -> str:
     return (
         settings.app + (" (preloaded)" if settings.preload else "") + (" (reload)" if settings.reload else "")
     )
+
+
+def _bridge(settings: Settings) -> str:
+    if settings.redis_url is None:
+        return "off"
+    from ipc.redis_link import redacted
+
+    return f"{redacted(settings.redis_url)}, prefix {settings.redis_prefix}, {', '.join(settings.federate)}"
 
 
 def _rules(rules: Rules) -> str:

@@ -189,8 +189,9 @@ def _locate(context: click.Context, /, options: dict[str, Any]) -> str:
     for name, value in outer.items():
         if value not in (None, ()) and name not in ("config", "port", "runtime_dir"):
             flag = f"--{name.replace('_', '-')}"
+            said = "..." if name == "redis_url" else shown(value)  # it may hold a password
             raise click.UsageError(
-                f"{flag} = {shown(value)}: is for serving, not for the command {context.info_name}"
+                f"{flag} = {said}: is for serving, not for the command {context.info_name}"
             )
     given = {
         name: outer[name] if options[name] is None else options[name] for name in ("port", "runtime_dir")

@@ -125,35 +125,66 @@ class Flock:
         Raises:
             OSError: there is no process or descriptor left.
         """
-        ours, theirs = socket.socketpair()
         listener = seat.listener
+        return self.start(
+            lambda control, supervisor_pid: self._live(listener, control, supervisor_pid),
+            (listener.socket.fileno(),),
+            lambda pid, channel, now: WorkerProcess(pid, seat.index, channel, now),
+            now,
+        )
+
+    def start(
+        self,
+        life: Callable[[socket.socket, int], int],
+        keep: Iterable[int],
+        make: Callable[[int, socket.socket, float], WorkerProcess],
+        now: float,
+    ) -> WorkerProcess:
+        """Fork a process that reports over a line of its own, and watch over it.
+
+        Args:
+            life: all that the child does, given its end of the line and our pid.
+            keep: descriptors that it keeps, beside that end.
+            make: what we know the process by, of its pid, our end of the line and the time.
+            now: monotonic time.
+
+        Raises:
+            OSError: there is no process or descriptor left.
+        """
+        ours, theirs = socket.socketpair()
         try:
-            keep = (theirs.fileno(), listener.socket.fileno())
             supervisor_pid = os.getpid()
-            pid = fork(lambda: self._live(listener, theirs, supervisor_pid), keep=keep)
+            pid = fork(lambda: self._begin(life, theirs, supervisor_pid), keep=(theirs.fileno(), *keep))
         except OSError:
             ours.close()
             raise
         finally:
             theirs.close()
         ours.setblocking(False)
-        process = WorkerProcess(pid, seat.index, ours, now)
+        process = make(pid, ours, now)
         process.abort_at = now + self.settings.boot_timeout
         self.processes[pid] = process
         self._selector.register(ours, selectors.EVENT_READ, lambda now: self.listen(process, now))
         return process
 
+    def _begin(
+        self, life: Callable[[socket.socket, int], int], control: socket.socket, supervisor_pid: int
+    ) -> int:
+        control.send(b'{"forked":true}\n')
+        os.environ["FLOCKWIRE_RUNTIME_DIR"] = self.runtime.path
+        return life(control, supervisor_pid)
+
+    def configure_logging(self, process: str) -> None:
+        """In a child: log as the settings say, under this name."""
+        settings = self.settings
+        logging_setup.configure(
+            settings.log_level, settings.log_format, process, access_log=settings.access_log
+        )
+
     def _live(self, listener: Listener, control: socket.socket, supervisor_pid: int) -> int:
         """A worker's life, in the child."""
-        control.send(b'{"forked":true}\n')
         settings = self.settings
-        os.environ["FLOCKWIRE_RUNTIME_DIR"] = self.runtime.path
-        logging_setup.configure(
-            settings.log_level,
-            settings.log_format,
-            f"worker {listener.index}",
-            access_log=settings.access_log,
-        )
+        self.configure_logging(f"worker {listener.index}")
         return (self._worker_main or _default_worker_main())(
             settings,
             listener=listener.socket,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import gc
 import importlib
+import importlib.util
 import logging
 import os
 import selectors
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ipc.board import PeerKind
 from ipc.runtime import PID_NAME, DirectoryInUse, RuntimeDir, RuntimeDirError, default_runtime_dir
@@ -25,6 +26,9 @@ from supervisor.restart import EXIT_CANNOT_START, EXIT_FAILURE, EXIT_IN_USE
 from supervisor.signals import SignalQueue
 from workers import logging_setup
 from workers.settings import Settings
+
+if TYPE_CHECKING:
+    from supervisor.bridge import BridgeKeeper
 
 logger = logging.getLogger("supervisor")
 
@@ -103,7 +107,12 @@ def _assemble(settings: Settings, worker_main: WorkerMain | None, stack: ExitSta
     for listener in listeners:
         flock.add_seat(listener)
     arbiter = Arbiter(
-        flock, selector, signals, address=banner.base_url(settings, group.port), watcher=watcher
+        flock,
+        selector,
+        signals,
+        address=banner.base_url(settings, group.port),
+        watcher=watcher,
+        bridge=_bridge(flock),
     )
     arbiter.control = ControlServer(runtime.fd, selector, arbiter.handle_request)
     last.callback(arbiter.control.close)
@@ -136,6 +145,21 @@ def _hold_data_dir(settings: Settings, stack: ExitStack) -> None:
             raise DirectoryInUse(f"--data-dir = {path!r} is in use by another hub; name another") from None
 
     _patiently(lock, DirectoryInUse, lambda: RETRY_FOR)
+
+
+def _bridge(flock: Flock) -> BridgeKeeper | None:
+    """Who keeps the bridge, if there is to be one.
+
+    Raises:
+        StartError: what it needs is not installed.
+    """
+    if flock.settings.redis_url is None:
+        return None
+    if importlib.util.find_spec("redis") is None:
+        raise StartError("--redis-url needs the package redis: pip install 'flockwire[redis]'")
+    from supervisor.bridge import BridgeKeeper
+
+    return BridgeKeeper(flock)
 
 
 def _take_directory(settings: Settings, path: str) -> RuntimeDir:

@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ipc.board import SLOTS, Counter, PeerKind, Record, SlotState
+from ipc.board import GAUGES, SLOTS, Counter, PeerKind, Record, SlotState
 from supervisor.worker_process import Phase, WorkerProcess
 from workers.settings import Settings
 
 if TYPE_CHECKING:
     from supervisor.arbiter import Arbiter
-
-GAUGES = (Counter.CONNECTIONS, Counter.SUBSCRIPTIONS, Counter.BACKLOG, Counter.BUS_BACKLOG)
-"""They say what is now, so they count for living owners only; the other counters go up for ever."""
 
 SHOWN_SETTINGS = (
     "app", "preload", "reload", "allow_origin", "allow_anonymous", "max_message_size", "max_subscriptions",
@@ -36,6 +33,7 @@ def describe(arbiter: Arbiter, now: float) -> dict[str, Any]:
         "settings": _settings(flock.settings),
         "target": len(flock.wanted_seats()),
         "workers": list(_workers(arbiter, now)),
+        "bridge": None if arbiter.bridge is None else arbiter.bridge.describe(now),
         "peers": list(_peers(arbiter)),
         "totals": _totals(arbiter),
     }
@@ -54,15 +52,22 @@ def version() -> str:
 
 def _settings(settings: Settings) -> dict[str, Any]:
     shown = {name: getattr(settings, name) for name in SHOWN_SETTINGS}
-    return {**shown, "tls": settings.is_tls, "history": settings.rules.any_history, "bridge": False}
+    return {
+        **shown,
+        "tls": settings.is_tls,
+        "history": settings.rules.any_history,
+        "bridge": settings.redis_url is not None,
+    }
 
 
 def _workers(arbiter: Arbiter, now: float) -> Iterable[dict[str, Any]]:
     """One entry per process, and one per seat that has none just now; by listener, then by age."""
     flock = arbiter.flock
-    for index in sorted({*flock.seats, *(process.index for process in flock.processes.values())}):
+    bridge = arbiter.bridge
+    workers = [p for p in flock.processes.values() if bridge is None or not bridge.owns(p)]
+    for index in sorted({*flock.seats, *(process.index for process in workers)}):
         seat = flock.seats.get(index)
-        processes = [process for process in flock.processes.values() if process.index == index]
+        processes = [process for process in workers if process.index == index]
         common = {"restarts": seat.restarts if seat else 0, "backoff": 0.0}
         for process in sorted(processes, key=lambda process: process.started):
             yield {**_process(arbiter, process, now), **common}
@@ -159,10 +164,18 @@ def render(answer: dict[str, Any]) -> str:
     lines += [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+    if answer["bridge"] is not None:
+        lines.append(_bridge_line(answer["bridge"], answer["totals"]))
     lines += [
         f"{peer['kind']}: pid {peer['pid']}, slot {peer['slot']}, {peer['state']}" for peer in answer["peers"]
     ]
     return "\n".join(lines)
+
+
+def _bridge_line(bridge: dict[str, Any], totals: dict[str, int]) -> str:
+    figures = ("out", "in", "dropped", "gaps", "duplicates")
+    words = ", ".join(f"{totals[f'federation_{name}']} {name}" for name in figures)
+    return f"federation: bridge {bridge['state']}, link {bridge['link']}; {words}"
 
 
 def _seats(answer: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 import websockets
 
 from tests.hub import ROOT, Hub, acked, read_json, say
+from tests.support import free_port
 
 EXAMPLES = ROOT / "examples"
 
@@ -119,3 +120,51 @@ def test_readme_application_and_publisher(tmp_path: Path) -> None:
 
     with Hub(workers=2) as hub:
         hub.run(publish(hub))
+
+
+def test_three_hosts_in_one_command() -> None:
+    port = next(port for port in iter(free_port, 0) if port < 60000)
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "federation" / "run.py"), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(3)]
+        assert lines[2] == f"host 3: http://127.0.0.1:{port + 2}/"
+
+        async def main() -> None:
+            address = "/realtime/ws/me?topic=chat%2Flobby"
+            async with (
+                await eventually(f"ws://127.0.0.1:{port}{address}") as here,
+                await eventually(f"ws://127.0.0.1:{port + 2}{address}") as there,
+            ):
+                message = {"type": "send", "topic": "chat/lobby", "from": "a", "text": "hi"}
+                async with asyncio.timeout(20):
+                    # The other host hears from the moment on in which its bridge knows where to begin.
+                    while True:
+                        await here.send(json.dumps(message))
+                        try:
+                            async with asyncio.timeout(0.5):
+                                assert json.loads(await there.recv()) == {"from": "a", "text": "hi"}
+                                return
+                        except TimeoutError:
+                            continue
+
+        asyncio.run(main())
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+async def eventually(url: str) -> websockets.ClientConnection:
+    """Connect to a server that is about to start."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await websockets.connect(url, proxy=None)
+            except OSError:
+                await asyncio.sleep(0.05)

@@ -21,6 +21,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ipc.board import Board, PeerKind
+from ipc.federation import LinkState
 from ipc.store_records import StoreError
 from workers import jsontext
 from workers.brokers import IpcBroker
@@ -179,6 +181,8 @@ def readiness(manager: WebSocketManager) -> dict[str, Any]:
         }
         if peer.log is not None:
             details["history"] = _history_state(peer.log)
+        if peer.rules.federate is not None:
+            details["bridge"] = link_state(peer.runtime.board)
     return details
 
 
@@ -199,6 +203,15 @@ def _history_state(log: HostLog) -> dict[str, Any]:
         "evicted": stats.evicted,
         "waiting": waiting,
     }
+
+
+def link_state(board: Board) -> str:
+    """How the host's bridge stands with Redis; ``away`` when there is no bridge. Local service goes on either way."""
+    for slot, _ in board.live_full_slots():
+        record = board.record(slot)
+        if record.kind is PeerKind.BRIDGE:
+            return LinkState.of(record.condition).words
+    return "away"
 
 
 async def _serve_asgi(manager: WebSocketManager, connection: Connection, session: PlainSession) -> None:

@@ -361,6 +361,23 @@ OPTIONS: tuple[Option, ...] = (
         choices=("text", "json"),
         metavar="text|json",
     ),
+    Option(
+        "redis_url",
+        string,
+        None,
+        "Redis (redis://, rediss://, unix://) through which several hosts share their messages.",
+        default_words="none",
+        metavar="URL",
+    ),
+    Option("redis_prefix", string, "flockwire", "What the names of its keys begin with.", metavar="TEXT"),
+    Option(
+        "federate",
+        strings,
+        ("#",),
+        "Topics whose messages go to the other hosts; repeat, or separate with commas.",
+        default_words="#",
+        metavar="PATTERN",
+    ),
     Option("access_log", boolean, False, "Log every request and connection."),
 )
 """Every option that exists, in the order of ``--help``."""

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from ipc.redis_link import LONGEST_DELAY, connections, is_stale, redacted, redis_errors, retry_delays
 from workers.broker_interface import BrokerError, BrokerInterface, BrokerUnavailable
 from workers.message import InvalidMessage, Message, validate_client_message
-from workers.redis_link import LONGEST_DELAY, connections, is_stale, redacted, redis_errors, retry_delays
 
 logger = logging.getLogger("workers")
 

@@ -12,11 +12,12 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 
 from ipc.rules import Access, Rules, TopicRule, parse_topics
-from ipc.topics import shown
+from ipc.topics import InvalidTopic, check_pattern, shown
 from workers.options import BY_NAME, MAX_WORKERS, OPTIONS, Option
 from workers.origin import check_allowed_origin
 
@@ -59,6 +60,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     log_format: str
     access_log: bool
+    redis_url: str | None
+    redis_prefix: str
+    federate: tuple[str, ...]
     rules: Rules
 
     @property
@@ -94,7 +98,7 @@ def load_settings(
         SettingsError: something is unknown, has the wrong type or is out of range.
     """
     found = _gather(options, environ, config_path)
-    settings = _build(found, allow_anonymous=_anonymous(found))
+    settings = _build(found, allow_anonymous=_anonymous(found), bridge=True)
     _check_together(settings)
     return settings
 
@@ -195,6 +199,10 @@ def _parse(option: Option, key: str, value: object) -> Any:
         _check_app(key, parsed)
     if option.name == "allow_origin":
         return tuple(_check_origin(key, origin) for origin in parsed)
+    if option.name == "redis_url":
+        _check_redis_url(key, parsed)
+    if option.name == "federate":
+        _check_patterns(key, parsed)
     return parsed
 
 
@@ -217,7 +225,29 @@ def _check_origin(key: str, value: str) -> str:
     return value.lower()
 
 
-def _build(found: dict[str, Any], *, allow_anonymous: bool) -> Settings:
+def _check_redis_url(key: str, value: str) -> None:
+    from ipc.redis_link import SCHEMES, redacted  # only where Redis is wanted
+
+    try:
+        parts = urlsplit(value)
+        known = parts.scheme in SCHEMES and bool(parts.netloc or parts.path) and parts.port != 0
+    except ValueError:  # a port that is none
+        known = False
+    if not known:
+        # Not as it was given: it may hold a password.
+        where = redacted(value) if "@" not in value.partition("//")[0] else "..."
+        raise SettingsError(f"{key} = {shown(where)}: must be a redis://, rediss:// or unix:// address")
+
+
+def _check_patterns(key: str, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        try:
+            check_pattern(pattern)
+        except InvalidTopic as error:
+            raise SettingsError(f"{key} = {shown(pattern)}: must be patterns of topics: {error}") from None
+
+
+def _build(found: dict[str, Any], *, allow_anonymous: bool, bridge: bool = False) -> Settings:
     values = {option.name: found.get(option.name, option.default) for option in OPTIONS}
     values["allow_anonymous"] = allow_anonymous
     if values["workers"] is None:
@@ -229,6 +259,7 @@ def _build(found: dict[str, Any], *, allow_anonymous: bool) -> Settings:
         anonymous=allow_anonymous,
         data_dir=os.path.abspath(values["data_dir"]) if values["data_dir"] else "",
         store_size=values["store_size"] or 0,
+        federate=tuple(values["federate"]) if bridge and values["redis_url"] is not None else None,
     )
     return Settings(**values, rules=rules)
 

@@ -89,7 +89,7 @@ def test_one_bad_envelope_costs_only_itself(before: list[Envelope], after: list[
 
 def test_an_older_peers_short_envelope_and_a_newer_ones_long_one_are_understood() -> None:
     short = msgspec.msgpack.encode([0, "hub", "a/b", b"1"])
-    long = msgspec.msgpack.encode([0, "hub", "a/b", b"1", ["x"], 7, b"{}", "of a later version", 5])
+    long = msgspec.msgpack.encode([0, "hub", "a/b", b"1", ["x"], 7, b"{}", None, "of a later version", 5])
     assert wire.decode_batch(data_frame(short, long)) == (
         [Envelope(0, "hub", "a/b", b"1"), Envelope(0, "hub", "a/b", b"1", ("x",), 7, b"{}")],
         0,

@@ -56,7 +56,7 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["--dev", "--redis-url", "--redis-prefix", "--federate", "--api-key", "--jwt-secret",
+    ["--dev", "--api-key", "--jwt-secret",
      "--max-connections", "--message-rate", "--connect-rate", "--forwarded-allow-ips", "--nonsense"],
 )  # fmt: skip
 def test_options_of_later_issues_do_not_exist(option: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ipc.rules import Rules
 from workers.options import BY_NAME, OPTIONS, show_size
 from workers.settings import Settings, SettingsError, find_hub, load_settings
 
@@ -57,6 +58,9 @@ def test_defaults_are_those_of_the_contract() -> None:
         "log_level": "info",
         "log_format": "text",
         "access_log": False,
+        "redis_url": None,
+        "redis_prefix": "flockwire",
+        "federate": ("#",),
         "rules": settings.rules,
     }
 
@@ -149,13 +153,13 @@ def test_wrong_values_from_options_and_environment(name: str, value: str, allowe
         ('allow_origin = "https://a.example"', "allow_origin = 'https://a.example'", "list"),
         ("allow_origin = [1]", "allow_origin = [1]", "list"),
         ("app = 3", "app = 3", "text"),
-        ("redis_url = '/x'", "redis_url = '/x'", "no such key"),
+        ("api_key = '/x'", "api_key = '/x'", "no such key"),
         ("data_dir = ''", "data_dir = ''", "not empty"),
         ("store_size = '9KiB'", "store_size = '9KiB'", "from 1MiB"),
         ("[nonsense]\nx = 1", "nonsense", "no such key"),
         ("client_broadcast = 'all'", "client_broadcast = 'all'", "nobody, authenticated, anyone"),
         ('[topics."a/#"]\npublish = "all"', 'topics."a/#".publish', "nobody, authenticated, anyone"),
-        ('[topics."a/#"]\nfederate = true', 'topics."a/#".federate', "slow_consumer"),
+        ('[topics."a/#"]\nvalidate = true', 'topics."a/#".validate', "slow_consumer"),
         ('[topics."a/#"]\nhistory_size = true', 'topics."a/#".history_size', "integer from 0 to"),
         ('[topics."a/#"]\nhistory_size = -1', 'topics."a/#".history_size', "integer from 0 to"),
         ('[topics."a/#"]\nhistory_ttl = "5"', 'topics."a/#".history_ttl', "seconds"),
@@ -179,8 +183,8 @@ def test_config_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_from_everywhere() -> None:
-    assert "--redis-url" in refused({"redis_url": "redis://x"})
-    assert "FLOCKWIRE_REDIS_URL" in refused({}, {"FLOCKWIRE_REDIS_URL": "redis://x"})
+    assert "--api-key" in refused({"api_key": "x"})
+    assert "FLOCKWIRE_API_KEY" in refused({}, {"FLOCKWIRE_API_KEY": "x"})
     assert "FLOCKWIRE_TOPICS" in refused({}, {"FLOCKWIRE_TOPICS": "x"})
 
 
@@ -195,6 +199,29 @@ def test_rules(tmp_path: Path) -> None:
     assert rules.slow_consumer("chat/1") == "latest"
     assert not rules.may_broadcast(True)
     assert rules.may_direct(False)
+
+
+def test_what_a_bridge_carries_is_a_rule_of_a_hub_that_has_one(tmp_path: Path) -> None:
+    config = toml(tmp_path, 'federate = ["chat/#", "news"]\n[topics."chat/secret/#"]\nfederate = false\n')
+    assert load_settings({}, {}, config).rules.federate is None
+    rules = load_settings({"redis_url": "redis://localhost"}, {}, config).rules
+    assert [t for t in ("chat/1", "news", "news/1", "chat/secret/1", "$x") if rules.federates(t)] == [
+        "chat/1",
+        "news",
+    ]
+    assert Rules.decode(rules.encode()) == rules
+    assert Settings.from_environment({"FLOCKWIRE_REDIS_URL": "redis://localhost"}).rules.federate is None
+
+
+@pytest.mark.parametrize("url", ["http://x", "redis", "redis://", "redis://x:port", "", "s3cr3t@x"])
+def test_an_address_that_is_none_of_redis_is_refused(url: str) -> None:
+    words = refused({"redis_url": url})
+    assert words.startswith("--redis-url = ")
+    assert "s3cr3t" not in words
+
+
+def test_patterns_to_federate_are_checked() -> None:
+    assert "a/#/b" in refused({"federate": ("ok", "a/#/b")})
 
 
 def test_rules_default_to_authenticated_where_anonymous_clients_are_not_let_in() -> None:

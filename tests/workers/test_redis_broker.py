@@ -14,12 +14,12 @@ import pytest
 import redis
 import trustme
 
+from ipc.redis_link import redacted, retry_delays
 from tests.redis_server import RedisServer, redis_server
 from tests.support import free_port, run, until_async
 from workers.broker_interface import BrokerError, BrokerUnavailable
 from workers.message import InvalidMessage, Message
 from workers.redis_broker import RedisBroker, decode_message, encode_message
-from workers.redis_link import redacted, retry_delays
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Connections to Redis as the broker needs them: plain, and never mended behind its back.
+"""Connections to Redis: plain, and never mended behind the back of whoever uses them.
 
-Beneath `workers/redis_broker.py`; knows how connections are made, told apart and tried again, and nothing of
-messages. The package `redis` is imported when the first connection is wanted, as it is optional.
+Beneath `workers/redis_broker.py` and the bridge; knows how connections are made, told apart and tried again,
+and nothing of messages. The package `redis` is imported when the first connection is wanted, as it is optional.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def connections(redis_url: str, options: Mapping[str, Any]) -> Any:
         from redis.backoff import NoBackoff
     except ImportError as error:
         raise ModuleNotFoundError(
-            "a redis:// broker needs the package redis: pip install 'flockwire[redis]'", name="redis"
+            "redis:// needs the package redis: pip install 'flockwire[redis]'", name="redis"
         ) from error
     pool = ConnectionPool.from_url(
         redis_url, **{"socket_timeout": 5.0, "socket_connect_timeout": 5.0, **options}
