@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-JOBS   ?= auto
+JOBS   ?= 4
 ARGS   ?=
 
 .PHONY: run test test-long check bench bench-peers format clean setup setup-test

@@ -60,7 +60,10 @@ class Appender:
         self._max_waiting = max_waiting
         self._max_bytes = max_waiting_bytes
         self._queue: deque[_Item] = deque()
-        self._ages: deque[tuple[float, int]] = deque()
+        self._taken = 0  # how many ever left the queue
+        self._tries: deque[tuple[float, int]] = (
+            deque()
+        )  # when the lock was busy, and how many had ever come by then
         self._flush_handle: asyncio.Handle | None = None
         self._maintenance: asyncio.TimerHandle | None = None
         self._closed = False
@@ -135,13 +138,14 @@ class Appender:
         except Exception as error:
             self._one_by_one(batch, error)
         else:
-            self._ages.clear()
             for item, result in zip(batch, results, strict=True):
                 try:
                     item[1](result)
                 except Exception:
                     _log.exception("a callback of the store's queue failed")
-        if self._queue and self._flush_handle is None:
+        if not self._queue:
+            self._tries.clear()
+        elif self._flush_handle is None:
             self._flush_handle = self._loop.call_soon(self._flush)
 
     def _take(self) -> list[_Item]:
@@ -150,6 +154,7 @@ class Appender:
         if len(queue) <= _BATCH and self.waiting_bytes <= _BATCH_BYTES:
             batch = list(queue)
             queue.clear()
+            self._taken += len(batch)
             self.waiting_bytes = 0
             return batch
         batch = []
@@ -158,31 +163,27 @@ class Appender:
             item = queue.popleft()
             size += item[2]
             batch.append(item)
+        self._taken += len(batch)
         self.waiting_bytes -= size
         return batch
 
     def _put_back(self, batch: list[_Item]) -> None:
         self._queue.extendleft(reversed(batch))
+        self._taken -= len(batch)
         self.waiting_bytes += sum(item[2] for item in batch)
 
     def _busy(self, batch: list[_Item], error: StoreBusy) -> None:
-        """The append lock was held: keep everything, try again in a moment, and give up what has waited too long.
-
-        ``_ages`` remembers how many had come at each try: (when, how many of the queue are at least so old).
-        """
+        """The append lock was held: keep everything, try again in a moment, and give up what has waited too long."""
         self._put_back(batch)
         now = self._loop.time()
-        ages = self._ages
-        ages.append((now, len(self._queue)))
+        self._tries.append((now, self._taken + len(self._queue)))
         old = 0
-        while ages and ages[0][0] <= now - BUSY_SECONDS:
-            old = ages.popleft()[1]
-        if old:
-            given_up = [self._queue.popleft() for _ in range(old)]
-            self.waiting_bytes -= sum(item[2] for item in given_up)
-            self._ages = deque((when, count - old) for when, count in ages)
-            for item in given_up:
-                self._tell(item, StoreBusy(f"{error} for {BUSY_SECONDS:g} s"))
+        while self._tries and self._tries[0][0] <= now - BUSY_SECONDS:
+            old = self._tries.popleft()[1] - self._taken
+        for item in [self._queue.popleft() for _ in range(old)]:
+            self._taken += 1
+            self.waiting_bytes -= item[2]
+            self._tell(item, StoreBusy(f"{error} for {BUSY_SECONDS:g} s"))
         if self._queue and self._flush_handle is None:
             self._flush_handle = self._loop.call_later(RETRY_SECONDS, self._flush)
 

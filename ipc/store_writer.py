@@ -91,6 +91,10 @@ class Writer:
         self._channels: dict[str, tuple[bytes, bytes, dict[int, bytes]]] = {}
         self._expected = -1
         self._last_time = 0
+        # What the entries after `_known_since` have pushed out, and tombstones: to be deleted at the next sweep.
+        self._known_since = 0
+        self._killed: list[bytes] = []
+        self._dead: list[bytes] = []
         self._state: StoreState | None = None
         self._log_put: Callable[..., bool] | None = None
 
@@ -107,6 +111,9 @@ class Writer:
         # What the last transaction left is still true unless another process has written since.
         if self._expected != txn_id:
             self._look_up_top()
+            self._known_since = self.top
+            self._killed.clear()
+            self._dead.clear()
         self._expected = -1
         # A clock that was set back must not disorder the log; one that was far ahead must not rule for ever.
         if now < self._last_time <= now + 3_600_000:
@@ -175,6 +182,7 @@ class Writer:
                 record += packed
             elif not free:
                 killed = record[OFFSETS : OFFSETS + 8]
+                self._killed.append(killed)
                 record = record[:TRIMMED] + record[OFFSETS:] + packed
             else:
                 record = self._append_other(key, record, entry, offset)
@@ -192,9 +200,8 @@ class Writer:
         if info or tags:
             sizes = lengths(channel, topic, info, tags)
         else:
-            sizes = self._lengths.get((entry.channel, len(topic))) or self._sizes(
-                entry.channel, channel, topic
-            )
+            size = len(topic)
+            sizes = sizes_known.get(size) or sizes_known.setdefault(size, lengths(channel, topic, b"", b""))
         value = b"".join((previous, self._time8, killed, sizes, channel, topic, info, tags, entry.data))
         if len(value) > self.max_entry:
             raise EntryTooLarge(
@@ -227,6 +234,7 @@ class Writer:
             return None
         fewer = (in_head - 1).to_bytes(4, "big")
         shorter = b"".join((record[: IN_HEAD.start], fewer, record[PIECES], record[OFFSETS:], packed))
+        self._killed.append(record[OFFSETS : OFFSETS + 8])
         return shorter, record[OFFSETS : OFFSETS + 8]
 
     def _append_other(self, key: bytes, record: bytes | None, entry: Entry, offset: int) -> bytes:
@@ -266,20 +274,28 @@ class Writer:
     def _sweep(self, offset: int) -> None:
         """Delete what the last entries have pushed out of their windows, in order (neighbours share pages)."""
         self.swept = True
+        if self._known_since > offset - SWEEP_EVERY:
+            self._read_killed(offset)
+        for victim in sorted(self._killed):
+            self._delete(LOG + victim)
+        for key in self._dead:
+            self._delete(key)
+        self._known_since = offset
+        self._killed.clear()
+        self._dead.clear()
+
+    def _read_killed(self, offset: int) -> None:
+        """Find out what is to be swept where other processes have written too."""
+        self._killed.clear()
+        self._dead.clear()
         cursor = self.txn.cursor()
-        killed = []
-        dead = []
         # One more than 64: the entry at the last sweep may have become a tombstone since.
         if cursor.set_range(log_key(offset - SWEEP_EVERY)):
             for key, value in cursor.iternext():
                 if value[LOG_KILLED] != ZERO:
-                    killed.append(value[LOG_KILLED])
-                if value[24]:
-                    dead.append(key)
-        for victim in sorted(killed):
-            self._delete(LOG + victim)
-        for key in dead:
-            self._delete(key)
+                    self._killed.append(value[LOG_KILLED])
+                if is_tombstone(value):
+                    self._dead.append(key)
 
     # Idempotency -----------------------------------------------------------------------------------------------
 
@@ -333,6 +349,7 @@ class Writer:
         self.removed += len(value) + 32
         if offset == self.top:
             self._put(key, tombstone(value))
+            self._dead.append(key)
         else:
             self._delete(key)
         if value[LOG_KILLED] != ZERO:

@@ -9,11 +9,8 @@ before the handshake are in ``workers/http_protocol.py``.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import random
-import struct
-import termios
 from asyncio.transports import BaseTransport
 from typing import Any, Final, Literal, cast
 
@@ -47,9 +44,6 @@ HOLD_BUS: Final = 1
 HOLD_INBOX: Final = 2
 HOLD_PONGS: Final = 4
 HOLD_ANSWERS: Final = 8
-
-
-_int: Final = struct.Struct("i")
 
 
 class LimitedProtocol(LeanProtocol):
@@ -261,18 +255,6 @@ class LimitedProtocol(LeanProtocol):
     def write(self, data: bytes) -> None:
         """Whole frames, now."""
         self.transport.write(data)
-
-    def unsent(self) -> int:
-        """Bytes that the client's kernel has not taken: in our buffer, and in our kernel's.
-
-        Ours alone would not do: the kernel asks for more only when a third of its own is free.
-        """
-        waiting = self.transport.get_write_buffer_size()
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None:
-            (queued,) = _int.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _int.pack(0)))
-            waiting += queued
-        return waiting
 
     async def send(self, message: Any) -> None:
         if self.close_sent and self.handshake_complete and not self._app_closed:
