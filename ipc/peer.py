@@ -7,6 +7,7 @@ in, publishes envelopes and receives those of others; the directory, the board a
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import time
@@ -303,10 +304,20 @@ async def _enter(path: str) -> RuntimeDir:
 def _forget_dead_loops() -> None:
     """Peers whose loop was closed over their heads give back their slots now."""
     for key in [key for key in _peers if key[1].is_closed()]:
-        opening = _peers.pop(key)
-        if opening.done() and not opening.cancelled() and opening.exception() is None:
-            opening.result()._end()
+        _give_back(_peers.pop(key))
 
 
+def _give_back_all() -> None:
+    """At the end of the process: who has not closed its peer (no lifespan ran, say) leaves no slot and no inbox."""
+    while _peers:
+        _give_back(_peers.popitem()[1])
+
+
+def _give_back(opening: asyncio.Future[Peer]) -> None:
+    if opening.done() and not opening.cancelled() and opening.exception() is None:
+        opening.result()._end()
+
+
+atexit.register(_give_back_all)
 # A forked child has none of its parent's locks and loops; it opens its own.
 os.register_at_fork(after_in_child=_peers.clear)

@@ -27,6 +27,7 @@ from ipc.store_presence import Present
 from ipc.store_reader import Scan, Steps, history_offsets, offsets_after, read_entry, read_top, read_window
 from ipc.store_records import (
     Entry,
+    EntryTooLarge,
     History,
     LogSlice,
     Position,
@@ -47,6 +48,7 @@ from ipc.store_records import (
 
 __all__ = [
     "Entry",
+    "EntryTooLarge",
     "History",
     "LogSlice",
     "Position",

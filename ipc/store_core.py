@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import lmdb
+import msgspec
 
 from ipc.store_files import AppendLock, Files
 from ipc.store_reader import read_state, read_top
@@ -29,10 +31,14 @@ T = TypeVar("T")
 
 EVICT_ABOVE, EVICT_BELOW, MAKE_ROOM_ABOVE = 0.90, 0.88, 0.70
 """Shares of the store's size: where the oldest begin to go, where that ends, and what is never given up in need."""
+# Removing one thing writes up to a dozen pages anew before it frees any: they must fit in what is kept in reserve.
+_PAGES_PER_EVICTION = 16
 _EVICT_PER_TRANSACTION = 256
-_MAKE_ROOM_ENTRIES = 2000
+_MAKE_ROOM_ROUNDS = 16
 _LARGE = 16_384
 _SYNC_SECONDS = 1.0
+# What reading raises where the bytes are not what was written.
+_DAMAGE = (UnicodeDecodeError, struct.error, msgspec.MsgspecError)
 
 _log = logging.getLogger("ipc")
 
@@ -43,8 +49,8 @@ class StoreStats(StoreState, kw_only=True):
     top: int
     used: int
     """Bytes in use; free pages inside the file do not count."""
-    full: str
-    """Why the last write failed for want of room; empty when it did not."""
+    trouble: str
+    """Why the last write failed; empty when it did not."""
 
 
 class StoreCore:
@@ -58,8 +64,8 @@ class StoreCore:
         """Called when the lock was released, or was not to be had."""
         self.clock: Callable[[], float] = time.time
         """Seconds since 1970; tests replace it."""
-        self.full = ""
-        """Why the last write failed for want of room; empty when it did not. For ``/readyz``."""
+        self.trouble = ""
+        """Why the last write failed, empty when it did not (a busy lock is no failure). For ``/readyz``."""
         self.users = 1
         self._forked = False
         self._debt = 0
@@ -141,6 +147,7 @@ class StoreCore:
         """The name of this incarnation of the store; positions of another one cannot be recovered."""
         self.size = self._files.state.size
         """The bound in bytes."""
+        self._writer.max_entry = self.size // 8
         with self._read():
             pass  # takes the reader slot now, so that later reads take no lock
 
@@ -170,25 +177,32 @@ class StoreCore:
             self.on_append_end()
 
     def _transact(self, work: Callable[[Writer], T]) -> T:
-        if self._broken:
-            self._reopen()
-        for _ in range(3):
-            try:
-                result = self._attempt(work)
-            except lmdb.MapFullError:
-                if not self._make_room():
-                    break
-            except lmdb.Error as error:
-                raise self._failure(error) from error
-            else:
-                self.full = ""
-                if self._syncer is not None:
-                    self._syncer.dirty = True
-                return result
-        self.full = (
-            f"the store's {self.size} bytes are used up (--store-size), and nothing more may be removed"
+        try:
+            if self._broken:
+                self._reopen()
+            for _ in range(3):
+                try:
+                    result = self._attempt(work)
+                except lmdb.MapFullError:
+                    if not self._make_room():
+                        break
+                else:
+                    self.trouble = ""
+                    if self._syncer is not None:
+                        self._syncer.dirty = True
+                    return result
+        except lmdb.Error as error:
+            raise self._failure(error) from error
+        except _DAMAGE as error:
+            raise self._fail(StoreError, f"the store in {self.directory} is damaged: {error}") from error
+        raise self._fail(
+            StoreFull,
+            f"the store's {self.size} bytes are used up (--store-size), and nothing more may be removed",
         )
-        raise StoreFull(self.full)
+
+    def _fail(self, kind: type[StoreError], words: str) -> StoreError:
+        self.trouble = words
+        return kind(words)
 
     def _attempt(self, work: Callable[[Writer], T]) -> T:
         writer = self._writer
@@ -215,17 +229,15 @@ class StoreCore:
         """The exception for the caller, after a transaction failed for another reason than a full map."""
         # A write that the file system cut short is reported as EIO.
         if isinstance(error, lmdb.DiskError) or getattr(error, "code", 0) in (errno.EDQUOT, errno.EIO):
-            self.full = f"the file system of {self.directory} is full: {error}"
-            return StoreFull(self.full)
+            return self._fail(StoreFull, f"the file system of {self.directory} is full: {error}")
         if isinstance(error, lmdb.PanicError):
             # LMDB could not write the page that makes a transaction valid (a full copy-on-write file system, say)
             # and refuses to go on with this environment; what is in the file is in order.
             self._broken = True
-        return StoreError(f"the store in {self.directory} failed: {error}")
+        return self._fail(StoreError, f"the store in {self.directory} failed: {error}")
 
     def _reopen(self) -> None:
-        with contextlib.suppress(OSError):  # it was closed before, and could not be opened
-            self._files.close()
+        self._files.close()
         self._open_files(self.size)
         self._broken = False
 
@@ -239,27 +251,45 @@ class StoreCore:
             writer.swept = False
         writer.added = 0
         if self._debt > 0:
-            removed = writer.evict(self._debt, _EVICT_PER_TRANSACTION)
+            removed = writer.evict(self._debt, self._evictions())
             self._debt = max(0, self._debt - removed) if removed else 0
 
+    def _evictions(self) -> int:
+        """How many things one transaction may remove."""
+        reserve = int(self.size * (1 - EVICT_ABOVE)) // 4096
+        return max(1, min(_EVICT_PER_TRANSACTION, reserve // _PAGES_PER_EVICTION))
+
     def _make_room(self) -> bool:
-        """After "map full": remove old entries. Their pages become free only with the transaction after the next."""
+        """After "map full": remove old entries, in transactions that are small enough to fit in what is left."""
+        limit = self._evictions()
+        wanted = self.size // 50
 
         def remove(writer: Writer) -> int:
             if _used(writer.txn) <= self.size * MAKE_ROOM_ABOVE:
                 return 0
-            return writer.evict(self.size // 50, _MAKE_ROOM_ENTRIES)
+            return writer.evict(wanted, limit)
 
         def touch(writer: Writer) -> None:
             _ = writer.state  # is written again
 
-        try:
+        removed = 0
+        with contextlib.suppress(lmdb.Error):
             self._env.reader_check()
-            removed = self._attempt(remove)
-            self._attempt(touch)
-            return removed > 0
-        except lmdb.Error:
-            return False
+            for _ in range(_MAKE_ROOM_ROUNDS):
+                try:
+                    now = self._attempt(remove)
+                except lmdb.MapFullError:
+                    limit //= 4
+                    if not limit:
+                        break
+                    continue
+                removed += now
+                if not now or removed >= wanted:
+                    break
+            self._attempt(
+                touch
+            )  # pages become free only with the transaction after the one that gave them back
+        return removed > 0
 
     def maintain(self, limit: int = 256) -> bool:
         """Housekeeping, to be called about once a second in every process: it does what is due and returns.
@@ -290,7 +320,7 @@ class StoreCore:
                 **{name: getattr(state, name) for name in state.__struct_fields__},
                 top=read_top(txn),
                 used=_used(txn),
-                full=self.full,
+                trouble=self.trouble,
             )
 
     def is_current(self) -> bool:
@@ -320,7 +350,7 @@ class _Reading:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._txn.abort()
-        if isinstance(error, lmdb.Error):
+        if isinstance(error, (lmdb.Error, *_DAMAGE)):
             raise StoreError(f"the store cannot be read: {error}") from error
 
 

@@ -33,6 +33,7 @@ _ASIDE_NAME = "store.unreadable"
 # One page of LMDB's reader table holds 64 readers; 16 pages are more than there are slots on the board.
 _READER_TABLE_BYTES = 65_536
 _MAX_READERS = 1000
+_LOOSE_PAGES = 64
 
 _log = logging.getLogger("ipc")
 
@@ -130,9 +131,11 @@ class Files:
         os.fdatasync(self._data)
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close what was opened; a second time nothing happens."""
         self.env.close()
-        os.close(self._data)
+        data, self._data = self._data, -1
+        if data >= 0:
+            os.close(data)
 
 
 class _UnreadableError(Exception):
@@ -183,21 +186,19 @@ def _allocate_reader_table(path: str) -> None:
 
 
 def _check_length(env: lmdb.Environment, path: str) -> None:
-    """A data file that was cut off would die by SIGBUS where it ends."""
+    """Reading a data file that was cut off would end in SIGBUS."""
     info = env.info()
-    wanted = (info["last_pgno"] + 1) * env.stat()["psize"]
+    page = env.stat()["psize"]
+    wanted = (info["last_pgno"] + 1) * page
     with open(os.path.join(path, "data.mdb"), "r+b") as data:
-        if os.fstat(data.fileno()).st_size < wanted:
-            # It may be in order: pages that were given back in the transaction that took them were never written.
+        missing = wanted - os.fstat(data.fileno()).st_size
+        if missing > _LOOSE_PAGES * page:
+            raise _UnreadableError(f"the last {missing} bytes of its file are missing")
+        if missing > 0:
+            # Pages that a transaction took and gave back are counted but never written.
             os.posix_fallocate(data.fileno(), 0, wanted)
-            _walk(env)
-
-
-def _walk(env: lmdb.Environment) -> None:
-    """Read everything; raises lmdb.Error where that is impossible."""
     with env.begin() as txn:
-        for _ in txn.cursor():
-            pass
+        read_top(txn)
 
 
 def _load_state(env: lmdb.Environment, store_size: int | None, durable: bool) -> StoreState:
@@ -213,7 +214,7 @@ def _load_state(env: lmdb.Environment, store_size: int | None, durable: bool) ->
             state = _decode_state(found)
         wanted = _page_multiple(store_size or state.size or default_store_size(env.path()))
         if state.boot != boot:
-            _after_reboot(env, txn, state, boot)
+            _after_reboot(txn, state, boot)
         state.size = wanted
         encoded = msgspec.msgpack.encode(state)
         if encoded != found:
@@ -231,13 +232,12 @@ def _decode_state(found: bytes) -> StoreState:
     return msgspec.msgpack.decode(found, type=StoreState)
 
 
-def _after_reboot(env: lmdb.Environment, txn: lmdb.Transaction[bytes], state: StoreState, boot: str) -> None:
+def _after_reboot(txn: lmdb.Transaction[bytes], state: StoreState, boot: str) -> None:
     """The machine was started anew: unless the store was closed in order, its last transactions may be missing.
 
     Then clients may have seen offsets that will be given again, so what is left gets a new epoch.
     """
     if state.closed_at != read_top(txn):
-        _walk(env)
         state.epoch = _new_epoch()
     state.boot = boot
 

@@ -59,6 +59,10 @@ class StoreFull(StoreError):
     """No room: ``--store-size`` is used up and nothing old may go, or the file system is full."""
 
 
+class EntryTooLarge(StoreError):
+    """One message is larger than an eighth of the store: it would push out too much of the others."""
+
+
 class UnrecoverablePosition(ValueError):
     """A position of another epoch: the store it came from is gone."""
 

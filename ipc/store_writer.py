@@ -29,6 +29,7 @@ from ipc.store_records import (
     TOPIC,
     ZERO,
     Entry,
+    EntryTooLarge,
     Position,
     Retention,
     StoreState,
@@ -83,6 +84,9 @@ class Writer:
         self.swept = False
         """A multiple of `SWEEP_EVERY` was reached: a good time to look at the space in use."""
         self.removed = 0
+        """Bytes removed since the caller last set it to 0."""
+        self.max_entry = 1 << 30
+        """The largest entry, in bytes."""
         self._lengths: dict[tuple[str, int], bytes] = {}
         self._channels: dict[str, tuple[bytes, bytes]] = {}
         self._expected = -1
@@ -187,6 +191,10 @@ class Writer:
                 entry.channel, channel, topic
             )
         value = b"".join((previous, self._time8, killed, sizes, channel, topic, info, tags, entry.data))
+        if len(value) > self.max_entry:
+            raise EntryTooLarge(
+                f"a message of {len(value)} bytes does not fit: the store takes {self.max_entry} at most"
+            )
         self._put(LOG + packed, value)
         self.added += len(value)
         if entry.idempotency_key:
@@ -222,8 +230,9 @@ class Writer:
             window = Window.decode(record)
             if not window.count:
                 self._delete(EMPTY + record[TRIMMED:OFFSETS])
+        removed = self._trim_old(window, TRIMS_AT_ONCE)  # by the old rule: a new one must not bring back anything
         window.apply(entry.retention)
-        removed = self._trim_old(window, TRIMS_AT_ONCE)
+        removed += self._trim_old(window, TRIMS_AT_ONCE)
         while window.count >= window.size and removed < TRIMS_AT_ONCE:
             self._remove(window.pop(self._take_piece))
             removed += 1

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from typing import Any
 import websockets
 from websockets.asyncio.client import ClientConnection
 
-from tests.support import free_port, until
+from tests.support import free_port, scratch_directory, until
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,9 +39,7 @@ class Hub:
         port: int | None = None,
     ) -> None:
         self.port = port or free_port()
-        self._base = Path(
-            tempfile.mkdtemp(prefix="fw-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        )
+        self._base = Path(scratch_directory())
         self.runtime_dir = runtime_dir or str(self._base / "run")
         self.log_path = self._base / "log"
         arguments = ["--port", str(self.port), "--workers", str(workers), "--runtime-dir", self.runtime_dir]

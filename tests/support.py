@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, overload
@@ -17,6 +19,12 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def scratch_directory() -> str:
+    """A directory in shared memory, marked as this session's (see ``conftest.py``); whoever makes it removes it."""
+    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    return tempfile.mkdtemp(prefix=f"fw-test-{os.environ.get('FW_TEST_RUN', '')}-", dir=shared)
 
 
 def until(predicate: Callable[[], T], timeout: float = 10.0, what: str = "the condition") -> T:

@@ -167,6 +167,11 @@ class Connection:
         return self._gone is not None or (self._sink is not None and self._sink.closed)
 
     @property
+    def closing(self) -> bool:
+        """True also before accept, when it has been decided that it will be closed then."""
+        return self._close_at_accept is not None or self.closed
+
+    @property
     def backlog_bytes(self) -> int:
         """Bytes that wait for this client in this process."""
         return self._sink.backlog_bytes if self._sink is not None else 0

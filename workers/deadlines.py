@@ -7,8 +7,11 @@ kind are equally long, they fall due in the order in which they were set.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+logger = logging.getLogger("workers")
 
 T = TypeVar("T")
 
@@ -55,7 +58,10 @@ class Deadlines(Generic[T]):
             # What an earlier one did may have cleared or moved a later one.
             if self._due.get(item, now + 1.0) <= now:
                 del self._due[item]
-                self._overdue(item)
+                try:
+                    self._overdue(item)
+                except Exception:
+                    logger.exception("what was to be done at a deadline failed")
         if self._timer is None and self._due:
             first = next(iter(self._due.values()))
             self._timer = self._loop.call_later(max(first - self._loop.time(), self.seconds / 10), self._look)

@@ -119,6 +119,8 @@ class Fanout:
                 self.loop.call_soon(self._end_of_turn)
             last = self._last = Run(targets, policy, topic, [frame])
             self._runs.append(last)
+        else:
+            return
         self._turn_bytes += len(frame)
         if self._turn_bytes > MAX_TURN_BYTES:
             self.crowded = True
@@ -162,7 +164,7 @@ class Fanout:
             data = self._counted(run)
             drops = run.policy != "close"
             for sink in run.targets:
-                if drops and sink.direct is None:
+                if drops:
                     _write_pending(sink)
                     sink.write_each(run.frames, run.policy, run.topic)
                     continue

@@ -35,6 +35,8 @@ logger = logging.getLogger("workers")
 FREE_FRAGMENTS: Final = 1024
 #: Bytes of pongs that may wait for a client that does not read them.
 MAX_CONTROL_BACKLOG: Final = 64 * 1024
+#: Bytes that a client may send before its handshake is answered.
+MAX_EARLY: Final = 64 * 1024
 #: Seconds a closing client has to answer before its connection is cut.
 CLOSE_TIMEOUT: Final = 10.0
 #: What the parser gets at once: it makes an object of each frame, and a chunk may hold 40,000.
@@ -63,6 +65,7 @@ class LimitedProtocol(LeanProtocol):
     _holds = 0
     _released_at = 0.0
     _app_closed = False
+    _early = b""
     _close: tuple[int, str] | None = None
     _drain_close: tuple[int, str] | None = None
     _abort_timer: asyncio.TimerHandle | None = None
@@ -158,7 +161,13 @@ class LimitedProtocol(LeanProtocol):
         self._traffic.connections += 1
 
     def data_received(self, data: bytes) -> None:
-        self.parse(data)
+        if self.handshake_complete:
+            self.parse(data)
+            return
+        # It should wait for our answer; what it says before may not be answered before the handshake is.
+        self._early += data
+        if len(self._early) > MAX_EARLY:
+            self.transport.abort()
 
     def parse(self, data: bytes) -> None:
         """Give bytes to the parser, and what it makes of them to the handlers below."""
@@ -274,6 +283,9 @@ class LimitedProtocol(LeanProtocol):
         if not self.handshake_complete:
             self._answer_handshake(message)
             self._changed()
+            early, self._early = self._early, b""
+            if early and not self.close_sent:
+                self.data_received(early)
             return
         await super().send(message)
         if message["type"] == "websocket.close" and self.close_sent:

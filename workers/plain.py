@@ -199,6 +199,8 @@ def _subscribe(manager: WebSocketManager, connection: Connection, pattern: str) 
 def subscribe_at_connect(manager: WebSocketManager, connection: Connection, patterns: list[str]) -> None:
     """The ``?topic=`` parameters of a handshake; what is wrong with one is told to the client once it is accepted."""
     for pattern in patterns:
+        if connection.closing:
+            return  # so much was wrong already
         try:
             _subscribe(manager, connection, pattern)
         except InvalidTopic as exc:

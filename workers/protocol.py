@@ -88,10 +88,11 @@ class WebSocketProtocol(LimitedProtocol):
         while self._queue is not None and not self._queue.empty():
             waiting.append(self._queue.get_nowait())
         self._handler, self._untaken = handler, untaken
+        closed_before = self.close_sent
         for event in waiting:
             if event["type"] != "websocket.receive":
                 self.queue.put_nowait(event)
-            elif not self.close_sent:
+            elif self.close_sent == closed_before:  # what follows a message that the handler closed for is ignored
                 text = event.get("text")
                 if text is not None:
                     handler(text.encode(), True)
@@ -134,7 +135,7 @@ class WebSocketProtocol(LimitedProtocol):
     def data_received(self, data: bytes) -> None:
         handler = self._handler
         if handler is None or self._close is not None:
-            self.parse(data)
+            super().data_received(data)
             return
         if self._holds:
             self._partial += data
@@ -157,7 +158,7 @@ class WebSocketProtocol(LimitedProtocol):
         while end - at >= 6:
             kind = data[at]
             size = data[at + 1] ^ 0x80
-            if (kind != 0x81 and kind != 0x82 and kind != 0x8A) or size > 126:
+            if (kind != 0x81 and kind != 0x82 and (kind != 0x8A or size > 125)) or size > 126:
                 break  # control, fragment, extension, unmasked or huge: not for us
             start = at + 6
             if size == 126:

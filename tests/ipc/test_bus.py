@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,9 @@ def test_a_closed_peer_refuses_and_leaves_nothing(tmp_path: Path) -> None:
         assert totals[Counter.BUS_DROPPED] == 0
         assert totals[Counter.BUS_SENT] == totals[Counter.BUS_RECEIVED] == 1
         await b.close()
+        gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
-    counts = [run(main()) for _ in range(5)]
-    assert counts == [counts[0]] * 5
+    first = run(main())
+    assert max(run(main()) for _ in range(4)) <= first
     assert sorted(os.listdir(tmp_path / "hub")) == ["board", "lock"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +130,25 @@ def test_a_loop_that_was_closed_over_a_peer_does_not_keep_its_slot(tmp_path: Pat
 
     lost = run(forget())
     run(again())
+
+
+def test_a_process_that_ends_without_closing_leaves_no_slot_and_no_inbox(tmp_path: Path) -> None:
+    code = """
+import asyncio, sys
+from ipc.peer import Peer, PeerKind
+loop = asyncio.new_event_loop()
+peer = loop.run_until_complete(Peer.open(sys.argv[1], kind=PeerKind.APPLICATION))
+if sys.argv[2] == "closed":
+    loop.close()
+sys.exit(0)
+"""
+    for loop in ("open", "closed"):
+        command = [sys.executable, "-c", code, str(tmp_path / "hub"), loop]
+        done = subprocess.run(command, timeout=30, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(os.listdir(tmp_path / "hub")) == ["board", "lock"]
+        with RuntimeDir.open(str(tmp_path / "hub")) as runtime:
+            assert runtime.open_board().used_slots() == []
 
 
 def test_a_directory_that_was_removed_is_told_and_the_next_open_finds_the_new_one(

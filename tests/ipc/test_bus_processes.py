@@ -199,9 +199,9 @@ def test_who_leaves_waits_for_those_who_are_behind_but_move(tmp_path: Path) -> N
     with actors(tmp_path / "hub", 2) as (a, b):
         b.want("t")
         b.ask("delay", seconds=0.001)
-        a.ask("publish", topics=["t"], count=3_000, size=2_000)
-        assert 2 < a.ask("leave")["seconds"] < 10
-        arrived([b], 3_000)
+        a.ask("publish", topics=["t"], count=2_500, size=2_000)
+        assert 0.5 < a.ask("leave")["seconds"] < 10
+        arrived([b], 2_500)
         assert read_sums(tmp_path / "hub")[Counter.BUS_DROPPED] == 0
 
 
@@ -220,10 +220,13 @@ def test_the_supervisor_sees_the_hearts_of_all(tmp_path: Path) -> None:
     with RuntimeDir.supervise(str(tmp_path / "hub")) as runtime, actors(tmp_path / "hub", 2) as (a, b):
         first = {slot: runtime.board.record(slot).heartbeat for slot in (a.slot, b.slot)}
         until(lambda: all(runtime.board.record(slot).heartbeat > first[slot] for slot in first), 2)
-        b.order("block", seconds=1.0)
-        since = time.monotonic()
-        beat = runtime.board.record(b.slot).heartbeat
-        until(lambda: time.monotonic() - since > 0.7)
-        assert runtime.board.record(b.slot).heartbeat == beat, "the heart is the loop's, not a thread's"
+        b.order("block", seconds=1.5)
+        record = runtime.board.record(b.slot)
+        until(
+            lambda: time.monotonic_ns() - record.heartbeat > 0.8e9,
+            5,
+            "the heart is the loop's, not a thread's",
+        )
+        assert runtime.slot_is_locked(b.slot)
         assert runtime.board.record(b.slot).pid == b.greeting["pid"] != os.getpid()
         b.answer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -74,8 +75,9 @@ def test_descriptors_do_not_grow(tmp_path: Path) -> None:
         runtime.close()
         return len(os.listdir("/proc/self/fd"))
 
+    gc.collect()
     first = cycle()
-    assert [cycle() for _ in range(20)] == [first] * 20
+    assert max(cycle() for _ in range(20)) <= first
     assert open_lock_files() == 0
 
 

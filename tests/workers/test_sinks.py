@@ -249,6 +249,40 @@ def test_latest_keeps_one_of_each_topic(app: Any, kind: type) -> None:
     uvrun(main())
 
 
+def test_a_policy_holds_also_where_a_turn_has_messages_of_several_topics() -> None:
+    rules = Rules(topics={"l/#": TopicRule(slow_consumer="latest")})
+
+    async def main() -> None:
+        async with serving(rules=rules, max_backlog=1 << 20, write_timeout=0.4) as live:
+            slow = await stuck(live, "/ws/slow?topic=l/%23")
+            sent = 0
+            while sink_of(live, "slow").flowing:
+                for _ in range(20):
+                    live.manager.send(f"l/{sent % 5}", {"n": sent, "pad": "x" * 1000})
+                    sent += 1
+                await asyncio.sleep(0)
+            for number in range(sent, sent + 20):
+                live.manager.send(f"l/{number % 5}", {"n": number, "pad": "x" * 1000})
+            loop = asyncio.get_running_loop()
+            waiting = loop.time() + 1.0
+            await until_async(lambda: loop.time() > waiting, 3.0)
+            assert len(live.manager.active_connections) == 1, "the policy is to keep the latest, not to close"
+            found = await numbers_until(slow, sent + 19)
+            assert found[-5:] == list(range(sent + 15, sent + 20))
+            await slow.end()
+
+    uvrun(main())
+
+
+async def numbers_until(client: RawClient, last: int) -> list[int]:
+    """What a client that reads again finds, up to this."""
+    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    found: list[int] = []
+    while not found or found[-1] != last:
+        found.append(json.loads(await client.text())["n"])
+    return found
+
+
 def test_what_may_not_be_dropped_still_closes_a_client_that_also_has_what_may() -> None:
     rules = Rules(topics={"l/#": TopicRule(slow_consumer="latest")})
 

@@ -1,0 +1,87 @@
+"""What the tests of the store share: a store with a clock of its own, other processes, a small file system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ipc.store import Entry, Position, Retention, Store
+
+ROOT = Path(__file__).parent.parent.parent
+KEEP = Retention(100)
+
+
+class Clock:
+    """Seconds that go on only when they are told to."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextmanager
+def opened(directory: Path | str, **options: object) -> Iterator[Store]:
+    """A store that is closed at the end."""
+    store = Store.open(str(directory), **options)  # type: ignore[arg-type]
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def put(
+    store: Store, topic: str, *data: bytes, keep: Retention = KEEP, channel: str = "hub", key: str = ""
+) -> list[Position]:
+    """Append messages to one topic."""
+    return store.append([Entry(channel, topic, each, keep, key) for each in data])
+
+
+def data_of(entries: Sequence[object]) -> list[bytes]:
+    """The data of entries that were read."""
+    return [entry.data for entry in entries]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that runs ``script``; it is killed at the end."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def line(child: subprocess.Popen[str]) -> str:
+    """The next line that a process prints; an error when it has ended."""
+    assert child.stdout is not None
+    found = child.stdout.readline()
+    assert found, "the process ended early"
+    return found.strip()
+
+
+@contextmanager
+def small_file_system(path: Path, size: str) -> Iterator[Path]:
+    """A tmpfs of its own; the test is skipped where that is not permitted."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "flockwire-test", str(path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
