@@ -190,8 +190,8 @@ def _history_state(log: HostLog) -> dict[str, Any]:
     except StoreError as error:
         return {"state": "failed", "error": str(error), "epoch": log.epoch, "waiting": waiting}
     return {
-        "state": "full" if stats.full else "ok",
-        "error": stats.full,
+        "state": _state(stats.trouble),
+        "error": stats.trouble,
         "epoch": stats.epoch,
         "offset": stats.top,
         "bytes": stats.used,
@@ -199,6 +199,12 @@ def _history_state(log: HostLog) -> dict[str, Any]:
         "evicted": stats.evicted,
         "waiting": waiting,
     }
+
+
+def _state(trouble: str) -> str:
+    if not trouble:
+        return "ok"
+    return "full" if "full" in trouble or "used up" in trouble else "failed"
 
 
 async def _serve_asgi(manager: WebSocketManager, connection: Connection, session: PlainSession) -> None:

@@ -92,7 +92,9 @@ class WebSocketProtocol(LimitedProtocol):
         for event in waiting:
             if event["type"] != "websocket.receive":
                 self.queue.put_nowait(event)
-            elif self.close_sent == closed_before:  # what follows a message that the handler closed for is ignored
+            elif (
+                self.close_sent == closed_before
+            ):  # what follows a message that the handler closed for is ignored
                 text = event.get("text")
                 if text is not None:
                     handler(text.encode(), True)

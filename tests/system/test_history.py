@@ -207,8 +207,8 @@ def test_a_full_store_is_an_error_for_the_publisher_and_live_delivery_goes_on() 
             writer = await hub.connect("/ws/w")
             await say(writer, type="send", topic="big", text="x" * 3_000_000, ack=1)
             answer = await read_json(writer)
-            assert (answer["type"], answer["code"], answer["ack"]) == ("error", 100, 1)
-            assert "no room" in answer["error"]
+            assert (answer["type"], answer["code"], answer["ack"]) == ("error", 107, 1)
+            assert "too large" in answer["error"]
             await acked(writer, ack=2, type="send", topic="plain", n=1)
             assert await read_json(reader) == {"n": 1}
             for count in range(3000):
