@@ -230,7 +230,9 @@ class Writer:
             window = Window.decode(record)
             if not window.count:
                 self._delete(EMPTY + record[TRIMMED:OFFSETS])
-        removed = self._trim_old(window, TRIMS_AT_ONCE)  # by the old rule: a new one must not bring back anything
+        removed = self._trim_old(
+            window, TRIMS_AT_ONCE
+        )  # by the old rule: a new one must not bring back anything
         window.apply(entry.retention)
         removed += self._trim_old(window, TRIMS_AT_ONCE)
         while window.count >= window.size and removed < TRIMS_AT_ONCE:

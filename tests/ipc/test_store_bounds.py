@@ -68,7 +68,7 @@ def test_large_messages_and_small_ones(tmp_path: Path) -> None:
 def test_a_reader_that_stands_still_costs_no_more_than_room(tmp_path: Path) -> None:
     """It keeps every page it could see: then there is no room, history is not given up in vain, and it comes back."""
     with opened(tmp_path, store_size=2 * MIB) as store:
-        for number in range(500):
+        for _ in range(500):
             put(store, "a", bytes(1000), keep=EVERYTHING)
         reader = store._env.begin()
         with pytest.raises(StoreFull, match="--store-size"):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ipc import store_reader
-from ipc.store import Recovery, Retention, Store
-from tests.ipc.store_support import Clock, data_of, opened, put
+from ipc.store import Entry, Recovery, Retention, Store
+from tests.ipc.store_support import KEEP, Clock, data_of, opened, put
 
 WEEK = 7 * 86_400
 
@@ -160,18 +160,18 @@ def test_many_topics_and_a_short_log(store: Store, monkeypatch: pytest.MonkeyPat
     put(store, "t/1", b"again")
     found: list[object] = []
     scan_log = store_reader.Scan._scan_log
-    monkeypatch.setattr(
-        store_reader.Scan, "_scan_log", lambda self, offset: found.append(offset) or scan_log(self, offset)
-    )
+
+    def seen(self: store_reader.Scan, offset: int) -> object:
+        found.append(offset)
+        return scan_log(self, offset)
+
+    monkeypatch.setattr(store_reader.Scan, "_scan_log", seen)
     entries = recovered(store, "t/#", 4000)
     assert entries is not None and len(entries) == 2001
     assert found == [4000]
 
 
-def _one(topic: str) -> list[object]:
-    from ipc.store import Entry
-    from tests.ipc.store_support import KEEP
-
+def _one(topic: str) -> list[Entry]:
     return [Entry("hub", topic, b"x", KEEP)]
 
 
