@@ -71,13 +71,13 @@ def test_signatures() -> None:
     assert of(manager.close_connection)[1:] == ["connection", "code"]
     assert of(manager.set_conn_id)[1:] == ["connection", "conn_id"]
     assert of(manager.receive)[1:] == ["connection", "message"]
-    assert of(manager.publish)[1:] == ["topic", "data"]
+    assert of(manager.publish)[1:] == ["topic", "data", "idempotency_key"]
     for name in ("send", "broadcast", "send_by_conn_id"):
         assert inspect.signature(getattr(manager, name)).parameters["local"].default is False
     assert of(workers.Connection.close)[1:] == ["code", "reason"]
     assert of(workers.Message) == ["type", "data", "topic", "conn_id", "typ"]
     assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(workers.Message).parameters.values())
-    assert of(workers.create_hub) == ["manager"]
+    assert of(workers.create_hub) == ["manager", "hooks"]
     assert of(workers.WebSocketProxy)[:2] == ["client", "server_endpoint"]
     assert of(workers.WebSocketException) == ["message", "connection"] or of(workers.WebSocketException)[
         :2
