@@ -61,9 +61,8 @@ class Appender:
         self._max_bytes = max_waiting_bytes
         self._queue: deque[_Item] = deque()
         self._taken = 0  # how many ever left the queue
-        self._tries: deque[tuple[float, int]] = (
-            deque()
-        )  # when the lock was busy, and how many had ever come by then
+        # When the lock was busy, and how many had ever come by then.
+        self._tries: deque[tuple[float, int]] = deque()
         self._flush_handle: asyncio.Handle | None = None
         self._maintenance: asyncio.TimerHandle | None = None
         self._closed = False
@@ -180,8 +179,9 @@ class Appender:
         old = 0
         while self._tries and self._tries[0][0] <= now - BUSY_SECONDS:
             old = self._tries.popleft()[1] - self._taken
-        for item in [self._queue.popleft() for _ in range(old)]:
-            self._taken += 1
+        given_up = [self._queue.popleft() for _ in range(old)]
+        self._taken += len(given_up)
+        for item in given_up:
             self.waiting_bytes -= item[2]
             self._tell(item, StoreBusy(f"{error} for {BUSY_SECONDS:g} s"))
         if self._queue and self._flush_handle is None:

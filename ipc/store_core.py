@@ -34,6 +34,8 @@ EVICT_ABOVE, EVICT_BELOW, MAKE_ROOM_ABOVE = 0.90, 0.88, 0.70
 # Removing one thing writes up to a dozen pages anew before it frees any: they must fit in what is kept in reserve.
 _PAGES_PER_EVICTION = 16
 _EVICT_PER_TRANSACTION = 256
+_SMALL = 4 << 20
+EVICT_ABOVE_IN_SMALL = 0.75
 _MAKE_ROOM_ROUNDS = 16
 _LARGE = 16_384
 _SYNC_SECONDS = 1.0
@@ -245,16 +247,22 @@ class StoreCore:
         """Let the oldest go when the store is nearly full: a bounded number now, the rest with the next appends."""
         if writer.swept or writer.added > _LARGE:
             used = _used(writer.txn)
-            self._debt = used - int(self.size * EVICT_BELOW) if used > self.size * EVICT_ABOVE else 0
+            above = self._evict_above()
+            below = above - EVICT_ABOVE + EVICT_BELOW
+            self._debt = used - int(self.size * below) if used > self.size * above else 0
             writer.swept = False
         writer.added = 0
         if self._debt > 0:
             removed = writer.evict(self._debt, self._evictions())
             self._debt = max(0, self._debt - removed) if removed else 0
 
+    def _evict_above(self) -> float:
+        """Where the oldest begin to go: a transaction of a small store needs a larger part of it to work in."""
+        return EVICT_ABOVE if self.size >= _SMALL else EVICT_ABOVE_IN_SMALL
+
     def _evictions(self) -> int:
         """How many things one transaction may remove."""
-        reserve = int(self.size * (1 - EVICT_ABOVE)) // 4096
+        reserve = int(self.size * (1 - self._evict_above())) // 4096
         return max(1, min(_EVICT_PER_TRANSACTION, reserve // _PAGES_PER_EVICTION))
 
     def _make_room(self) -> bool:

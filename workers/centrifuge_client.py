@@ -41,7 +41,7 @@ from workers.fanout import current_fanout
 from workers.limited_protocol import HOLD_ANSWERS, HOLD_BUS
 from workers.protocol import our_protocol
 from workers.sinks import AnySink
-from workers.stored import Result, Storing, refusal_words
+from workers.stored import Result, Storing, refusal
 
 if TYPE_CHECKING:
     from workers.centrifuge_hub import CentrifugeHub
@@ -321,8 +321,7 @@ class CentrifugeClient:
 
     def _stored(self, number: int, result: Result) -> None:
         if isinstance(result, StoreError):
-            error = Refusal(ErrorCode.INTERNAL, refusal_words(result), True)
-            self._answer(self.session.failed(number, error))
+            self._answer(self.session.failed(number, Refusal(*refusal(result))))
         else:
             self._answer(self.session.published(number))
 

@@ -194,7 +194,7 @@ def _history_state(log: HostLog) -> dict[str, Any]:
     except StoreError as error:
         return {"state": "failed", "error": str(error), "epoch": log.epoch, "waiting": waiting}
     return {
-        "state": "full" if stats.trouble else "ok",
+        "state": _state(stats.trouble),
         "error": stats.trouble,
         "epoch": stats.epoch,
         "offset": stats.top,
@@ -212,6 +212,12 @@ def link_state(board: Board) -> str:
         if record.kind is PeerKind.BRIDGE:
             return LinkState.of(record.condition).words
     return "away"
+
+
+def _state(trouble: str) -> str:
+    if not trouble:
+        return "ok"
+    return "full" if "full" in trouble or "used up" in trouble else "failed"
 
 
 async def _serve_asgi(manager: WebSocketManager, connection: Connection, session: PlainSession) -> None:

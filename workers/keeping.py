@@ -42,6 +42,8 @@ class Keeping:
 
     def __init__(self) -> None:
         self._receivers: SubscriptionIndex[Receiver] = SubscriptionIndex()
+        self._listening = False
+        """There are receivers: asked for each message, so it has to be cheap."""
         self._log: HostLog | None = None
         self._log_loop: asyncio.AbstractEventLoop | None = None
         self._log_thread = 0
@@ -186,6 +188,7 @@ class Keeping:
             if self._fanout is None:
                 self._fanout = current_fanout()
             current_fanout().subscriptions += 1
+            self._listening = True
         else:
             self._transport.interest_discard(*interest_in(pattern))
 
@@ -202,6 +205,7 @@ class Keeping:
         """The end of :meth:`listen`."""
         if self._receivers.discard(pattern, receiver):
             current_fanout().subscriptions -= 1
+            self._listening = len(self._receivers) > 0
             self._transport.interest_discard(*interest_in(pattern))
 
     def _deliver_to_receivers(self, envelopes: Sequence[Envelope]) -> None:

@@ -220,3 +220,12 @@ def _subprotocols(headers: handshake.HeaderList) -> list[str]:
         if name == b"sec-websocket-protocol"
         for token in value.decode("latin-1").split(",")
     ]
+
+
+def is_utf8(payload: bytes) -> bool:
+    """Whether it is text (RFC 3629)."""
+    try:
+        payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

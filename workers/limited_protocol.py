@@ -24,7 +24,7 @@ from websockets.frames import Frame, Opcode
 from workers.codes import closing
 from workers.fanout import current_fanout
 from workers.keepalive import keepalive_of
-from workers.lean_protocol import LeanProtocol
+from workers.lean_protocol import LeanProtocol, is_utf8
 
 logger = logging.getLogger("workers")
 
@@ -478,12 +478,3 @@ class LimitedProtocol(LeanProtocol):
 
 def nothing() -> None:
     """Nobody waits for us, under a server that is not ours."""
-
-
-def is_utf8(payload: bytes) -> bool:
-    """Whether it is text (RFC 3629)."""
-    try:
-        payload.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

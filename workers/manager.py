@@ -421,7 +421,7 @@ class WebSocketManager(Keeping):
 
     def _deliver(self, envelopes: Sequence[Envelope]) -> None:
         """Envelopes of this channel, from here or from the bus, in order."""
-        if self._receivers:
+        if self._listening:
             self._deliver_to_receivers(envelopes)
         fanout = self._fanout
         if fanout is None:

@@ -18,7 +18,7 @@ from ipc.topics import InvalidTopic, check_pattern
 from workers import codes, jsontext
 from workers.codes import ErrorCode
 from workers.limited_protocol import HOLD_BUS
-from workers.stored import Result, Storing, refusal_words
+from workers.stored import Result, Storing, refusal
 from workers.transport import DONE, Accepted, Taking
 
 if TYPE_CHECKING:
@@ -141,11 +141,8 @@ def _tell_taken(connection: Connection, ack: Any, failure: Exception | None) -> 
 def _tell_stored(connection: Connection, ack: Any, result: Result) -> None:
     """A message with history was stored, or was not: that is no error of the client's, so it is not counted."""
     if isinstance(result, StoreError):
-        answer: dict[str, Any] = {
-            "type": "error",
-            "error": refusal_words(result),
-            "code": int(ErrorCode.INTERNAL),
-        }
+        code, words = refusal(result)
+        answer: dict[str, Any] = {"type": "error", "error": words, "code": int(code)}
     elif ack is _UNSET:
         return
     else:

@@ -18,7 +18,8 @@ from starlette.websockets import WebSocket
 from uvicorn.protocols.utils import ClientDisconnected, is_ssl
 
 from workers.fanout import binary_frame, current_fanout, text_frame
-from workers.limited_protocol import HOLD_INBOX, LimitedProtocol, is_utf8
+from workers.lean_protocol import is_utf8
+from workers.limited_protocol import HOLD_INBOX, LimitedProtocol
 from workers.sinks import SocketSink
 
 try:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ipc.positions import Position
-from ipc.store_records import StoreError, StoreFull
+from ipc.store_records import EntryTooLarge, StoreError, StoreFull
 from workers import jsontext
 from workers.brokers import running_loop
+from workers.codes import ErrorCode
 from workers.transport import Accepted
 
 if TYPE_CHECKING:
@@ -123,8 +124,10 @@ def read_history(
     return HistoryPage(messages, Position(found.top, found.epoch))
 
 
-def refusal_words(error: StoreError) -> str:
+def refusal(error: StoreError) -> tuple[ErrorCode, str]:
     """What a client is told: not where the store lies."""
+    if isinstance(error, EntryTooLarge):
+        return ErrorCode.BAD_REQUEST, "the message was not stored: it is too large for history"
     if isinstance(error, StoreFull):
-        return "the message was not stored: there is no room for history"
-    return "the message was not stored: history is busy or failed, try again"
+        return ErrorCode.INTERNAL, "the message was not stored: there is no room for history"
+    return ErrorCode.INTERNAL, "the message was not stored: history is busy or failed, try again"

@@ -123,7 +123,7 @@ def test_a_thousand_joins_and_leaves_with_killed_workers() -> None:
                 async def exact() -> bool:
                     return await observer.present() == wanted  # noqa: B023 -- awaited below
 
-                await until_async(exact, 2.0, "the exact list without a ghost")
+                await until_async(exact, 5.0, "the exact list without a ghost")
             for member in members:
                 member.socket.transport.abort()
             stats: dict[str, int] = {}
