@@ -41,7 +41,6 @@ from ipc.store_records import (
     is_tombstone,
     log_key,
     number,
-    reply_bytes,
     stored_entry,
     topic_key,
 )
@@ -130,9 +129,8 @@ class Store(StoreCore):
                     if len(found) >= limit or limit_bytes <= 0:
                         return LogSlice(found, number(key) - 1, top)
                     if not is_tombstone(value):
-                        entry = stored_entry(number(key), value)
-                        limit_bytes -= reply_bytes(entry)
-                        found.append(entry)
+                        found.append(stored_entry(number(key), value))
+                        limit_bytes -= len(value)
         return LogSlice(found, max(top, offset), top)
 
     def recover(

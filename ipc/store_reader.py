@@ -3,7 +3,7 @@
 Stands below ``store.py``, beside the way of a message: live messages come over the bus, from here comes what somebody
 missed. Everything is read in short transactions and copied out of them.
 
-A recovery may have to look at many entries, so it is a generator that stops after every thousand or so: the caller
+A recovery may have to look at many entries, so it is a generator that stops after every few hundred: the caller
 goes on when its event loop has had a turn. Each piece is one transaction and as if a recovery began anew where the
 last one ended, so nothing has to stand still in between.
 """
@@ -31,8 +31,6 @@ from ipc.store_records import (
     is_tombstone,
     log_key,
     number,
-    reply_bytes,
-    split_name,
     stored_entry,
     topic_key,
     topic_name,
@@ -43,7 +41,7 @@ from ipc.topics import is_pattern, matches, prefix_run
 if TYPE_CHECKING:
     from lmdb import Transaction
 
-STEP = 1000
+STEP = 500
 """So many entries or topics are looked at in one transaction: about one millisecond."""
 
 Begin = Callable[[], AbstractContextManager["Transaction[bytes]"]]
@@ -146,6 +144,8 @@ class Scan:
     ) -> None:
         self._begin = begin
         self._channel = channel
+        self._channel_name = channel.encode()
+        self._prefix = TOPIC + channel_key(channel) + b"\0"
         self._patterns = patterns
         self._now = now
         self._left = limit_bytes
@@ -185,9 +185,8 @@ class Scan:
 
     def _take(self, offset: int, value: bytes) -> bool:
         """Add an entry to the answer; False when the answer would become too large."""
-        entry = stored_entry(offset, value)
-        self._left -= reply_bytes(entry)
-        self._entries.append(entry)
+        self._entries.append(stored_entry(offset, value))
+        self._left -= len(value)
         return self._left >= 0
 
     # Topic by topic: for exact topics, and for patterns that match few topics in a log that has gone far.
@@ -195,7 +194,7 @@ class Scan:
     def _topics(self, limit: int) -> Generator[None, None, list[tuple[bytes, str]] | None]:
         """The topics that match, or None when more than ``limit`` records would have to be looked at."""
         found: dict[bytes, str] = {}
-        channel = TOPIC + channel_key(self._channel) + b"\0"
+        channel = self._prefix
         looked = 0
         for pattern in self._patterns:
             if not is_pattern(pattern):
@@ -330,9 +329,9 @@ class Scan:
         try:
             return self._wanted[token]
         except KeyError:
-            channel, topic = split_name(token)
-            wanted = channel == self._channel and matches(topic, self._patterns)
-            key = self._wanted[token] = topic_key(channel, topic) if wanted else None
+            end = 3 + int.from_bytes(token[1:3], "big")
+            wanted = token[3:end] == self._channel_name and matches(token[end:].decode(), self._patterns)
+            key = self._wanted[token] = self._prefix + token[end:] if wanted else None
             return key
 
     def _complete(self, txn: Transaction[bytes], key: bytes, after: int, time: int) -> bool:
@@ -346,7 +345,6 @@ class Scan:
     def _check_empty(self, txn: Transaction[bytes], checked: int) -> tuple[int, bool]:
         """Look at some topics that are empty; returns how far (-1: one has lost an entry) and whether that is all."""
         cursor = txn.cursor()
-        prefix = channel_key(self._channel) + b"\0"
         if not cursor.set_range(EMPTY + (checked + 1).to_bytes(8, "big")):
             return checked, True
         for looked, (key, value) in enumerate(cursor.iternext()):
@@ -355,11 +353,11 @@ class Scan:
             if looked == STEP:
                 return checked, False
             checked = number(key)
-            name = value[9:]
+            key = value[8:]
             if (
-                name.startswith(prefix)
-                and self._last.get(value[8:]) != checked
-                and matches(name[len(prefix) :].decode(), self._patterns)
+                key.startswith(self._prefix)
+                and self._last.get(key) != checked
+                and matches(key[len(self._prefix) :].decode(), self._patterns)
             ):
                 return -1, False
         return checked, True

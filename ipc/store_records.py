@@ -231,11 +231,6 @@ def stored_entry(offset: int, value: bytes) -> StoredEntry:
     )
 
 
-def reply_bytes(entry: StoredEntry) -> int:
-    """About what an entry costs in a reply to a client, for the bound of replies."""
-    return len(entry.data) + len(entry.info) + len(entry.tags) + len(entry.topic) + 64
-
-
 # Keys -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ipc import store_reader, store_writer
 from ipc.store import Entry, Retention, Store, StoredEntry
 from tests.ipc.store_model import Model, ModelEntry
+from tests.support import scratch_directory
 
 CHANNELS = ["hub", "hub", "hub", "other"]
 TOPICS = ["a", "a/b", "a/b/c", "a/c", "b", "b/x", "$s/a", "ä/€"]
@@ -47,7 +47,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.directory = tempfile.mkdtemp(prefix="flockwire-test-", dir="/dev/shm")
+        self.directory = scratch_directory()
         self.store = Store.open(self.directory, store_size=16 << 20)
         self.now = 1_000_000.0
         self.store.clock = lambda: self.now
