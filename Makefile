@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-JOBS   ?= 4
+JOBS   ?= 3
 ARGS   ?=
 
 .PHONY: run test test-long check bench bench-peers format clean setup setup-test

@@ -204,9 +204,13 @@ class Hub:
             if fields[1].endswith(f":{self.port:04X}") and fields[2].endswith(f":{port:04X}"):
                 inode = fields[9]
         for pid in self.worker_pids():
-            for fd in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                descriptors = os.listdir(f"/proc/{pid}/fd")
+            except OSError:
+                continue  # it ended in the meantime
+            for fd in descriptors:
                 try:
-                    if os.readlink(fd) == f"socket:[{inode}]":
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
                         return pid
                 except OSError:
                     continue  # closed in the meantime

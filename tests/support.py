@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 import tempfile
 import time
@@ -14,11 +15,19 @@ T = TypeVar("T")
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on 127.0.0.1 that nobody listens on now, and that no outgoing connection will be given.
+
+    The kernel's own choice would be from its range for outgoing connections, where another test's client may take it
+    before it is bound, or between a server's stop and its restart.
+    """
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randint(10_240, 32_000)))
+            except OSError:
+                continue
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def scratch_directory() -> str:

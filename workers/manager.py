@@ -458,11 +458,13 @@ class WebSocketManager(Keeping):
             for sink in targets:
                 by_loop.setdefault(sink.fanout, []).append(sink)
             for fanout, sinks in by_loop.items():
+                if fanout.loop.is_closed():
+                    continue  # with all its connections; its thread's number may be another one's by now
                 policy = self.rules.slow_consumer(envelope.topic) if envelope.kind == TOPIC else "close"
                 send = functools.partial(fanout.send, tuple(sinks), envelope.data, policy, envelope.topic)
                 if fanout.thread == threading.get_ident():
                     send()
-                elif not fanout.loop.is_closed():
+                else:
                     fanout.loop.call_soon_threadsafe(send)
 
     def _all_sinks(self) -> tuple[AnySink, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipc.board import Counter, SlotState
+from ipc.envelope import BATCH_TARGET
 from ipc.interest import InterestKind
 from ipc.runtime import RuntimeDir
 from tests.ipc.actors import Actor, actors, read_sums
@@ -94,7 +95,9 @@ def test_a_killed_process_holds_nobody_up_and_its_slot_is_free_at_once(tmp_path:
         a.ask("flooded")
         arrived([b, c], 60_000)
         totals = read_sums(path)
-        assert totals[Counter.BUS_SENT] - totals[Counter.BUS_RECEIVED] == totals[Counter.BUS_DROPPED]
+        # Exact but for the batch that it had counted as received, and not yet given credit for, when it was killed.
+        missing = totals[Counter.BUS_SENT] - totals[Counter.BUS_RECEIVED]
+        assert 0 <= totals[Counter.BUS_DROPPED] - missing <= BATCH_TARGET // 200
         assert totals[Counter.BUS_GAPS] == 0
 
 
