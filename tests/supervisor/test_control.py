@@ -57,8 +57,9 @@ class Server:
 
     def connect(self) -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(10)
+        # Blocking, since a socket with a time-out does not wait for room in a full queue.
         client.connect(f"/proc/self/fd/{self._fd}/{CONTROL_NAME}")
+        client.settimeout(10)
         return client
 
 
