@@ -29,8 +29,6 @@ logger = logging.getLogger("workers")
 
 #: Messages that may wait for an application that does not receive; then its client is not read.
 MAX_INBOX: Final = 64
-#: Errors in a row after which a client is closed with 3509.
-MAX_ERRORS: Final = 10
 
 _UNSET: Final = object()
 
@@ -339,7 +337,7 @@ class Connection:
             answer["ack"] = ack
         self.push(answer)
         self._errors += 1
-        if self._errors >= MAX_ERRORS:
+        if self._errors >= codes.MAX_ERRORS_IN_A_ROW:
             self.close_soon(*codes.TOO_MANY_ERRORS)
 
     def no_error(self) -> None:
