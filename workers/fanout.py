@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -62,8 +63,8 @@ class Sink(Protocol):
 
     #: What one turn owes it, while the turn is written: one chunk, or several.
     pending: bytes | list[bytes] | None
-    #: Writes whole frames to the kernel, now; None while that must wait, or is not possible.
-    direct: Callable[[bytes], object] | None
+    #: The socket, while whole frames may be written to it past the transport; else -1.
+    fd: int
 
     def write(self, data: bytes) -> None:
         """Send whole frames; what the client does not take waits, within the bound."""
@@ -150,12 +151,18 @@ class Fanout:
             for sink in run.targets:
                 sink.write_each(run.frames, run.policy, run.topic)
             return
+        size = len(data)
         for sink in run.targets:
-            direct = sink.direct
-            if direct is not None:
-                direct(data)
-            else:
+            fd = sink.fd
+            if fd < 0:
                 sink.write(data)
+                continue
+            try:
+                sent = os.write(fd, data)
+            except OSError:
+                sent = 0  # full, or gone: the transport finds the same and acts on it
+            if sent != size:
+                sink.write(data[sent:])
 
     def _write_runs(self, runs: list[Run]) -> None:
         """Several runs: each client's are put together in sequence, so that it is written once."""
@@ -177,7 +184,20 @@ class Fanout:
                 else:
                     sink.pending = [pending, data]  # type: ignore[list-item]
         for sink in touched:
-            _write_pending(sink)
+            fd = sink.fd
+            if fd < 0:
+                _write_pending(sink)
+                continue
+            pending, sink.pending = sink.pending, None
+            if pending is None:
+                continue  # written before frames that may be dropped
+            data = b"".join(pending) if type(pending) is list else pending  # type: ignore[assignment]
+            try:
+                sent = os.write(fd, data)
+            except OSError:
+                sent = 0
+            if sent != len(data):
+                sink.write(data[sent:])
 
     def _counted(self, run: Run) -> bytes:
         data = run.joined()
@@ -211,12 +231,7 @@ class Fanout:
 def _write_pending(sink: Sink) -> None:
     pending, sink.pending = sink.pending, None
     if pending is not None:
-        data = b"".join(pending) if type(pending) is list else pending
-        direct = sink.direct
-        if direct is not None:
-            direct(data)  # type: ignore[arg-type]
-        else:
-            sink.write(data)  # type: ignore[arg-type]
+        sink.write(b"".join(pending) if type(pending) is list else pending)  # type: ignore[arg-type]
 
 
 _local = threading.local()

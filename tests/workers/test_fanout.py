@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given
@@ -19,7 +19,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.pending: bytes | list[bytes] | None = None
-        self.direct: Callable[[bytes], object] | None = None
+        self.fd = -1
         self.writes: list[bytes] = []
 
     def write(self, data: bytes) -> None:
