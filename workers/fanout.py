@@ -53,10 +53,6 @@ class Run(msgspec.Struct, gc=False):
     topic: str
     frames: list[bytes]
 
-    def joined(self) -> bytes:
-        """All frames of the run as the bytes of one write."""
-        return self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-
 
 class Sink(Protocol):
     """Where a client's frames go; see ``workers/sinks.py`` for the two kinds."""
@@ -200,10 +196,16 @@ class Fanout:
                 sink.write(data[sent:])
 
     def _counted(self, run: Run) -> bytes:
-        data = run.joined()
-        sinks = len(run.targets)
-        self.messages += len(run.frames)
-        self.deliveries += sinks * len(run.frames)
+        """The frames of a run as one write, added to the sums."""
+        frames, sinks = run.frames, len(run.targets)
+        if len(frames) == 1:
+            data = frames[0]
+            self.messages += 1
+            self.deliveries += sinks
+        else:
+            data = b"".join(frames)
+            self.messages += len(frames)
+            self.deliveries += sinks * len(frames)
         self.bytes += sinks * len(data)
         return data
 
