@@ -65,8 +65,11 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """Send whole frames; what the client does not take waits, within the bound."""
 
+    def write_rest(self, data: memoryview) -> None:
+        """What the kernel did not take of a write to :attr:`fd`; a view, so that many slow clients share one copy."""
+
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
-        """The same for frames that may be dropped, each by itself, if the client is behind."""
+        """As :meth:`write` for frames that may be dropped, each by itself, if the client is behind."""
 
     def overdue(self, now: float) -> bool:
         """Called while the sink waits for its client; returns False when it need not be watched any more."""
@@ -158,7 +161,7 @@ class Fanout:
             except OSError:
                 sent = 0  # full, or gone: the transport finds the same and acts on it
             if sent != size:
-                sink.write(data[sent:])
+                sink.write_rest(memoryview(data)[sent:])
 
     def _write_runs(self, runs: list[Run]) -> None:
         """Several runs: each client's are put together in sequence, so that it is written once."""
@@ -193,7 +196,7 @@ class Fanout:
             except OSError:
                 sent = 0
             if sent != len(data):
-                sink.write(data[sent:])
+                sink.write_rest(memoryview(data)[sent:])
 
     def _counted(self, run: Run) -> bytes:
         """The frames of a run as one write, added to the sums."""

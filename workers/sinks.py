@@ -104,6 +104,10 @@ class SocketSink:
         elif not self.closed:
             self._protocol.write(data)
 
+    def write_rest(self, data: memoryview) -> None:
+        """What the kernel did not take of the fan-out's own write: the transport tries again, and tells us."""
+        self._protocol.write(data)
+
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         if self._backlog is None:
             self._stuck = policy
@@ -302,6 +306,9 @@ class AsgiSink:
         for frame in frames:
             for payload in payloads(frame):
                 self._add(Waiting(payload, policy, topic))
+
+    def write_rest(self, data: memoryview) -> None:
+        """Never called: it has no descriptor."""
 
     @property
     def flowing(self) -> bool:

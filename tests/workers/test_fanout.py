@@ -25,6 +25,9 @@ class Recorder:
     def write(self, data: bytes) -> None:
         self.writes.append(data)
 
+    def write_rest(self, data: memoryview) -> None:
+        raise AssertionError("it has no descriptor")
+
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         self.writes.append(b"".join(frames))
 
