@@ -65,7 +65,7 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """Send whole frames; what the client does not take waits, within the bound."""
 
-    def write_rest(self, data: memoryview) -> None:
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
         """What the kernel did not take of a write to :attr:`fd`; a view, so that many slow clients share one copy."""
 
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
@@ -146,33 +146,36 @@ class Fanout:
     def _write_run(self, run: Run) -> None:
         """The only run of a turn: the same bytes for all."""
         data = self._counted(run)
-        if run.policy != "close":
-            for sink in run.targets:
-                sink.write_each(run.frames, run.policy, run.topic)
-            return
+        policy = run.policy
         size = len(data)
         for sink in run.targets:
             fd = sink.fd
             if fd < 0:
-                sink.write(data)
+                if policy == "close":
+                    sink.write(data)
+                else:
+                    sink.write_each(run.frames, policy, run.topic)
                 continue
             try:
                 sent = os.write(fd, data)
             except OSError:
                 sent = 0  # full, or gone: the transport finds the same and acts on it
             if sent != size:
-                sink.write_rest(memoryview(data)[sent:])
+                sink.write_rest(memoryview(data)[sent:], policy)
 
     def _write_runs(self, runs: list[Run]) -> None:
         """Several runs: each client's are put together in sequence, so that it is written once."""
         touched: list[Sink] = []
         for run in runs:
             data = self._counted(run)
-            drops = run.policy != "close"
+            policy = run.policy
             for sink in run.targets:
-                if drops:
+                if policy != "close":
                     _write_pending(sink)
-                    sink.write_each(run.frames, run.policy, run.topic)
+                    if sink.fd < 0:
+                        sink.write_each(run.frames, policy, run.topic)
+                    else:
+                        _write(sink, data, policy)
                     continue
                 pending = sink.pending
                 if pending is None:
@@ -183,20 +186,7 @@ class Fanout:
                 else:
                     sink.pending = [pending, data]  # type: ignore[list-item]
         for sink in touched:
-            fd = sink.fd
-            if fd < 0:
-                _write_pending(sink)
-                continue
-            pending, sink.pending = sink.pending, None
-            if pending is None:
-                continue  # written before frames that may be dropped
-            data = b"".join(pending) if type(pending) is list else pending  # type: ignore[assignment]
-            try:
-                sent = os.write(fd, data)
-            except OSError:
-                sent = 0
-            if sent != len(data):
-                sink.write_rest(memoryview(data)[sent:])
+            _write_pending(sink)
 
     def _counted(self, run: Run) -> bytes:
         """The frames of a run as one write, added to the sums."""
@@ -236,7 +226,21 @@ class Fanout:
 def _write_pending(sink: Sink) -> None:
     pending, sink.pending = sink.pending, None
     if pending is not None:
-        sink.write(b"".join(pending) if type(pending) is list else pending)  # type: ignore[arg-type]
+        _write(sink, b"".join(pending) if type(pending) is list else pending)  # type: ignore[arg-type]
+
+
+def _write(sink: Sink, data: bytes, policy: SlowPolicy = "close") -> None:
+    """As the loop of :meth:`Fanout._write_run`, for one client."""
+    fd = sink.fd
+    if fd < 0:
+        sink.write(data)
+        return
+    try:
+        sent = os.write(fd, data)
+    except OSError:
+        sent = 0
+    if sent != len(data):
+        sink.write_rest(memoryview(data)[sent:], policy)
 
 
 _local = threading.local()

@@ -104,16 +104,16 @@ class SocketSink:
         elif not self.closed:
             self._protocol.write(data)
 
-    def write_rest(self, data: memoryview) -> None:
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
         """What the kernel did not take of the fan-out's own write: the transport tries again, and tells us."""
+        self._stuck = policy
         self._protocol.write(data)
+        if self._backlog is None:
+            self._stuck = "close"
 
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         if self._backlog is None:
-            self._stuck = policy
-            self.write(b"".join(frames))
-            if self._backlog is None:
-                self._stuck = "close"
+            self.write_rest(memoryview(b"".join(frames)), policy)
         else:
             for frame in frames:
                 self._add(Waiting(frame, policy, topic))
@@ -307,7 +307,7 @@ class AsgiSink:
             for payload in payloads(frame):
                 self._add(Waiting(payload, policy, topic))
 
-    def write_rest(self, data: memoryview) -> None:
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
         """Never called: it has no descriptor."""
 
     @property

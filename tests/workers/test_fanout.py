@@ -25,7 +25,7 @@ class Recorder:
     def write(self, data: bytes) -> None:
         self.writes.append(data)
 
-    def write_rest(self, data: memoryview) -> None:
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
         raise AssertionError("it has no descriptor")
 
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
