@@ -122,6 +122,7 @@ def die(peer: Peer) -> None:
     for slot in runtime._mine:
         runtime._locks.unlock(16 + slot)
     runtime._mine.clear()
+    runtime.close()
 
 
 class Actor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import selectors
@@ -347,9 +348,9 @@ def random_signals(hub: FakeHub, count: int, seed: int) -> None:
         if chance.random() < 0.05:
             victims = list(hub.pids().values())
             if victims:
-                os.kill(
-                    chance.choice(victims), chance.choice([signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
-                )
+                victim = chance.choice(victims)
+                with contextlib.suppress(ProcessLookupError):  # it ends by itself, of the signal before
+                    os.kill(victim, chance.choice([signal.SIGTERM, signal.SIGKILL, signal.SIGHUP]))
     status = hub.wait_status(
         lambda s: s["state"] == "ready" and len(s["workers"]) == s["target"] == target,
         40,
