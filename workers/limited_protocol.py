@@ -311,11 +311,14 @@ class LimitedProtocol(LeanProtocol):
     def handle_close(self, event: Frame) -> None:
         received = self.conn.close_rcvd
         code, reason = (received.code, received.reason) if received is not None else (1006, "")
+        owed = b""
         if not self.close_sent:
             self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+            self.close_sent = True
+            owed = self.owed()
         self._close = self._close or (code, reason)
         self.ended(code, reason)
-        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.write(owed + b"".join(self.conn.data_to_send()))
         self.transport.close()
         self.cut_later()
 
@@ -334,9 +337,10 @@ class LimitedProtocol(LeanProtocol):
         self._close = self._close or (sent.code, sent.reason)
         self.stop_keepalive()
         self.queue.put_nowait({"type": "websocket.disconnect", "code": sent.code, "reason": sent.reason})
+        self.close_sent = True  # before the flush: a client that it finds too slow is closed by this frame already
+        owed = self.owed()
         self.ended(sent.code, sent.reason)
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        self.close_sent = True
+        self.transport.write(owed + b"".join(self.conn.data_to_send()))
         self._linger()
 
     def _linger(self) -> None:

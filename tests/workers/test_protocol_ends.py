@@ -20,6 +20,7 @@ from tests.workers.server_fixture import (
     frame,
 )
 from tests.workers.wire import Wire, loop, plain, wire
+from workers.fanout import current_fanout
 from workers.limited_protocol import HOLD_INBOX
 from workers.protocol import MAX_PARTIAL
 
@@ -211,4 +212,38 @@ def test_sending_after_we_closed_is_the_clients_going_not_the_applications_fault
         assert outcomes == ["disconnect"] * 2
 
     gate = asyncio.Event()
+    loop.run(main())
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        (b"\xc1\x80\0\0\0\0", 1002),
+        (b"\x8f\x80\0\0\0\0", 1002),
+        (frame(TEXT, b"\xff"), 1007),
+        (close_frame(1000), 1000),
+    ],
+    ids=["rsv", "opcode 15", "bad UTF-8", "the client's close"],
+)
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_was_sent_before_leaves_before_the_close_frame(
+    loop: asyncio.Runner, ending: bytes, code: int, slow: bool
+) -> None:
+    async def main() -> None:
+        w = await wire()
+        del w.transport.written[:]
+        sink = w.protocol._sink
+        assert sink is not None
+        if slow:
+            w.protocol.pause_writing()  # what is sent now waits in the backlog
+            current_fanout().send((sink,), b"sent first")
+            current_fanout().flush()
+        current_fanout().send((sink,), b"sent before")
+        w.protocol.data_received(ending)
+        *sent, (opcode, payload) = w.frames()
+        assert [data for _, data in sent] == [b"sent first", b"sent before"][not slow :]
+        assert (opcode, payload[:2]) == (CLOSE, code.to_bytes(2, "big"))
+        assert w.closed == [code]
+        w.end()
+
     loop.run(main())
