@@ -337,7 +337,9 @@ class LimitedProtocol(LeanProtocol):
         self._close = self._close or (sent.code, sent.reason)
         self.stop_keepalive()
         self.queue.put_nowait({"type": "websocket.disconnect", "code": sent.code, "reason": sent.reason})
-        self.close_sent = True  # before the flush: a client that it finds too slow is closed by this frame already
+        self.close_sent = (
+            True  # before the flush: a client that it finds too slow is closed by this frame already
+        )
         owed = self.owed()
         self.ended(sent.code, sent.reason)
         self.transport.write(owed + b"".join(self.conn.data_to_send()))

@@ -263,9 +263,9 @@ OPTIONS: tuple[Option, ...] = (
         "max_message_size",
         size,
         64 * KIB,
-        "Largest message that a client may send.",
+        "Largest message that a client may send; what is published is at most 16MiB.",
         1,
-        15 * MIB,
+        64 * MIB,
         metavar="SIZE",
     ),
     Option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from ipc.peer import BusFull
+from ipc.peer import BusFull, EnvelopeTooBig
 from ipc.store_records import StoreError
 from ipc.topics import InvalidTopic, check_pattern
 from workers import codes, jsontext
@@ -94,6 +94,9 @@ class PlainSession:
         except BusFull as exc:
             self._connection.answer_error(str(exc), ErrorCode.INTERNAL)
             return False
+        except EnvelopeTooBig as exc:
+            self._connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
+            return True
         except (KeyError, ValueError, msgspec.DecodeError):
             pass  # what is wrong is found, and told, below
         return handle_message(manager, self._connection, {"type": "send", **message})

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import InvalidStatus
 
-from tests.workers.server_fixture import BINARY, TEXT, Complaints, Live, RawClient, serving, uvrun
+from tests.workers.server_fixture import (
+    BINARY,
+    TEXT,
+    Complaints,
+    Live,
+    RawClient,
+    runtime_dir,
+    serving,
+    uvrun,
+)
 
 Hub = tuple[asyncio.Runner, Live]
 
@@ -217,3 +226,22 @@ def test_subscriptions_are_limited_and_their_number_does_not_slow_others() -> No
                 await client.end()
 
     uvrun(main())
+
+
+@pytest.mark.parametrize("ack", [False, True])
+def test_a_message_that_is_too_large_for_the_bus_is_refused_in_words(ack: bool) -> None:
+    async def main(path: str) -> None:
+        async with serving(broker=f"ipc://{path}", max_message_size=20 << 20) as live:
+            client = await live.client("/ws?topic=t", max_size=None)
+            await client.recv()
+            asked = {"type": "send", "topic": "t", "text": "x" * (17 << 20)} | ({"ack": 1} if ack else {})
+            await client.send(json.dumps(asked))
+            answer = json.loads(await client.recv())
+            assert (answer["type"], answer["code"], answer.get("ack")) == ("error", 107, 1 if ack else None)
+            assert "too large" in answer["error"]
+            await client.send('{"type":"send","topic":"t","n":1}')
+            assert await client.recv() == '{"n":1}'
+            await client.close()
+
+    with runtime_dir() as path:
+        uvrun(main(path))
