@@ -422,10 +422,12 @@ class _Tree:
         self._default = default
         self._order = order  # from the strictest to the most open
         self._root = _Node()
+        self._keys = 0
         for key, rule in topics.items():
             value = attribute(rule)
             if value is not None:
                 self._insert(key, value)
+                self._keys += 1
 
     def _insert(self, key: str, access: str) -> None:
         levels = key.split("/")
@@ -444,6 +446,8 @@ class _Tree:
             check_wildcards(pattern)
         except InvalidTopic:
             return self._order[0]
+        if not self._keys:
+            return self._default
         return min(self._applying(pattern.split("/")), key=self._order.index)
 
     def _applying(self, levels: list[str]) -> set[str]:

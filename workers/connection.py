@@ -76,7 +76,6 @@ class Connection:
         "__weakref__",
         "_alone",
         "_close_at_accept",
-        "_errors",
         "_gone",
         "_id",
         "_inbox",
@@ -87,6 +86,7 @@ class Connection:
         "_target",
         "_topics",
         "_waiter",
+        "errors",
         "feed",
         "owner",
         "websocket",
@@ -107,7 +107,8 @@ class Connection:
         self._reading = False
         self._waiter: asyncio.Future[None] | None = None
         self._gone: tuple[int, str] | None = None
-        self._errors = 0
+        self.errors = 0
+        """Errors in a row that it was told."""
         self._close_at_accept: tuple[int, str] | None = None
         self._patience: asyncio.Timeout | None = None
         if topic:
@@ -336,13 +337,9 @@ class Connection:
         if ack is not _UNSET:
             answer["ack"] = ack
         self.push(answer)
-        self._errors += 1
-        if self._errors >= codes.MAX_ERRORS_IN_A_ROW:
+        self.errors += 1
+        if self.errors >= codes.MAX_ERRORS_IN_A_ROW:
             self.close_soon(*codes.TOO_MANY_ERRORS)
-
-    def no_error(self) -> None:
-        """Something valid came in: the row of errors has ended."""
-        self._errors = 0
 
     # --- in -----------------------------------------------------------------------------------------
 
@@ -451,7 +448,7 @@ class Connection:
             except jsontext.NotJson as exc:
                 await self._complain(str(exc))
                 continue
-            self._errors = 0
+            self.errors = 0
             return value
 
     async def _complain(self, words: str) -> None:

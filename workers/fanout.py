@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -52,24 +53,23 @@ class Run(msgspec.Struct, gc=False):
     topic: str
     frames: list[bytes]
 
-    def joined(self) -> bytes:
-        """All frames of the run as the bytes of one write."""
-        return self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-
 
 class Sink(Protocol):
     """Where a client's frames go; see ``workers/sinks.py`` for the two kinds."""
 
     #: What one turn owes it, while the turn is written: one chunk, or several.
     pending: bytes | list[bytes] | None
-    #: Writes whole frames to the kernel, now; None while that must wait, or is not possible.
-    direct: Callable[[bytes], object] | None
+    #: The socket, while whole frames may be written to it past the transport; else -1.
+    fd: int
 
     def write(self, data: bytes) -> None:
         """Send whole frames; what the client does not take waits, within the bound."""
 
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
+        """What the kernel did not take of a write to :attr:`fd`; a view, so that many slow clients share one copy."""
+
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
-        """The same for frames that may be dropped, each by itself, if the client is behind."""
+        """As :meth:`write` for frames that may be dropped, each by itself, if the client is behind."""
 
     def overdue(self, now: float) -> bool:
         """Called while the sink waits for its client; returns False when it need not be watched any more."""
@@ -146,27 +146,36 @@ class Fanout:
     def _write_run(self, run: Run) -> None:
         """The only run of a turn: the same bytes for all."""
         data = self._counted(run)
-        if run.policy != "close":
-            for sink in run.targets:
-                sink.write_each(run.frames, run.policy, run.topic)
-            return
+        policy = run.policy
+        size = len(data)
         for sink in run.targets:
-            direct = sink.direct
-            if direct is not None:
-                direct(data)
-            else:
-                sink.write(data)
+            fd = sink.fd
+            if fd < 0:
+                if policy == "close":
+                    sink.write(data)
+                else:
+                    sink.write_each(run.frames, policy, run.topic)
+                continue
+            try:
+                sent = os.write(fd, data)
+            except OSError:
+                sent = 0  # full, or gone: the transport finds the same and acts on it
+            if sent != size:
+                sink.write_rest(memoryview(data)[sent:], policy)
 
     def _write_runs(self, runs: list[Run]) -> None:
         """Several runs: each client's are put together in sequence, so that it is written once."""
         touched: list[Sink] = []
         for run in runs:
             data = self._counted(run)
-            drops = run.policy != "close"
+            policy = run.policy
             for sink in run.targets:
-                if drops:
+                if policy != "close":
                     _write_pending(sink)
-                    sink.write_each(run.frames, run.policy, run.topic)
+                    if sink.fd < 0:
+                        sink.write_each(run.frames, policy, run.topic)
+                    else:
+                        _write(sink, data, policy)
                     continue
                 pending = sink.pending
                 if pending is None:
@@ -180,10 +189,16 @@ class Fanout:
             _write_pending(sink)
 
     def _counted(self, run: Run) -> bytes:
-        data = run.joined()
-        sinks = len(run.targets)
-        self.messages += len(run.frames)
-        self.deliveries += sinks * len(run.frames)
+        """The frames of a run as one write, added to the sums."""
+        frames, sinks = run.frames, len(run.targets)
+        if len(frames) == 1:
+            data = frames[0]
+            self.messages += 1
+            self.deliveries += sinks
+        else:
+            data = b"".join(frames)
+            self.messages += len(frames)
+            self.deliveries += sinks * len(frames)
         self.bytes += sinks * len(data)
         return data
 
@@ -211,12 +226,21 @@ class Fanout:
 def _write_pending(sink: Sink) -> None:
     pending, sink.pending = sink.pending, None
     if pending is not None:
-        data = b"".join(pending) if type(pending) is list else pending
-        direct = sink.direct
-        if direct is not None:
-            direct(data)  # type: ignore[arg-type]
-        else:
-            sink.write(data)  # type: ignore[arg-type]
+        _write(sink, b"".join(pending) if type(pending) is list else pending)  # type: ignore[arg-type]
+
+
+def _write(sink: Sink, data: bytes, policy: SlowPolicy = "close") -> None:
+    """As the loop of :meth:`Fanout._write_run`, for one client."""
+    fd = sink.fd
+    if fd < 0:
+        sink.write(data)
+        return
+    try:
+        sent = os.write(fd, data)
+    except OSError:
+        sent = 0
+    if sent != len(data):
+        sink.write_rest(memoryview(data)[sent:], policy)
 
 
 _local = threading.local()

@@ -20,6 +20,12 @@ _decoder = msgspec.json.Decoder()
 _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
+#: The C functions beneath :func:`decode_object` and :func:`encode`, for the way of every message; see :func:`not_json`.
+decode_members = _object_decoder.decode
+encode_members = _encoder.encode
+UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeError)
+
+
 class NotJson(ValueError):
     """What came in is not the JSON that was asked for; the text says what is wrong with it."""
 
@@ -45,8 +51,8 @@ def decode(text: bytes | str | msgspec.Raw) -> Any:
     """
     try:
         return _decoder.decode(text)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
-        raise NotJson(_words(exc)) from None
+    except UNREADABLE as exc:
+        raise not_json(exc) from None
 
 
 def decode_object(text: bytes | str) -> dict[str, msgspec.Raw]:
@@ -56,12 +62,13 @@ def decode_object(text: bytes | str) -> dict[str, msgspec.Raw]:
         NotJson: it is malformed, nested too deep, or not an object.
     """
     try:
-        return _object_decoder.decode(text)
-    except msgspec.ValidationError:
-        raise NotJson("expected a JSON object") from None
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
-        raise NotJson(_words(exc)) from None
+        return decode_members(text)
+    except UNREADABLE as exc:
+        raise not_json(exc) from None
 
 
-def _words(exc: Exception) -> str:
-    return "JSON is nested too deep" if isinstance(exc, RecursionError) else str(exc)
+def not_json(exc: Exception) -> NotJson:
+    """What a decoder raised, in words for people."""
+    if isinstance(exc, msgspec.ValidationError):
+        return NotJson("expected a JSON object")
+    return NotJson("JSON is nested too deep" if isinstance(exc, RecursionError) else str(exc))

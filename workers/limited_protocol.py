@@ -252,8 +252,8 @@ class LimitedProtocol(LeanProtocol):
 
     # --- out --------------------------------------------------------------------------------------------
 
-    def write(self, data: bytes) -> None:
-        """Whole frames, now."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Whole frames, or the rest of some, now."""
         self.transport.write(data)
 
     async def send(self, message: Any) -> None:

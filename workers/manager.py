@@ -89,7 +89,8 @@ class WebSocketManager(Keeping):
         self._everyone: tuple[AnySink, ...] | None = None
         self._settings: Settings | None = None
         self._rules: Rules | None = None
-        self._publishable: dict[str, bool] = {}
+        self.publishable: dict[str, bool] = {}
+        """What :meth:`clients_may_publish` has answered, and would again."""
         self._policy: Callable[[str], SlowPolicy] | None = None
         self._post: Callable[[Envelope], Accepted] | None = None
         # The fan-out of the loop that all connections live on; see _deliver_elsewhere for when they do not.
@@ -112,7 +113,7 @@ class WebSocketManager(Keeping):
                 await self._transport.start(self._deliver)
                 if isinstance(self.broker, IpcBroker) and self.broker.peer is not None:
                     self._rules = self.broker.peer.rules
-                self._publishable.clear()
+                self.publishable.clear()
                 if any(rule.slow_consumer is not None for rule in self.rules.topics.values()):
                     self._policy = self.rules.slow_consumer
                 if isinstance(self._transport, DirectTransport):
@@ -390,12 +391,12 @@ class WebSocketManager(Keeping):
         Raises:
             InvalidTopic: not a topic to publish to.
         """
-        allowed = self._publishable.get(topic)
+        allowed = self.publishable.get(topic)
         if allowed is None:
             check_topic(topic)
-            if len(self._publishable) >= MAX_KNOWN_TOPICS:
-                self._publishable.clear()
-            allowed = self._publishable[topic] = self.rules.may_publish(topic, False)
+            if len(self.publishable) >= MAX_KNOWN_TOPICS:
+                self.publishable.clear()
+            allowed = self.publishable[topic] = self.rules.may_publish(topic, False)
         return allowed
 
     def broadcast_text(self, payload: bytes, local: bool = False) -> Accepted:

@@ -29,7 +29,7 @@ logger = logging.getLogger("workers")
 
 _UNSET: Final = object()
 _SEND: Final = msgspec.Raw(b'"send"')
-_text_decoder = msgspec.json.Decoder(str)
+_decode_text = msgspec.json.Decoder(str).decode
 
 
 class Refused(Exception):
@@ -56,9 +56,9 @@ class PlainSession:
             connection.close_soon(*codes.UNSUPPORTED_DATA)
             return
         try:
-            message = jsontext.decode_object(payload)
-        except jsontext.NotJson as exc:
-            connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
+            message = jsontext.decode_members(payload)
+        except jsontext.UNREADABLE as exc:
+            connection.answer_error(str(jsontext.not_json(exc)), ErrorCode.BAD_REQUEST)
             return
         try:
             # Nearly every message is a publication without an ack: those take the straight way.
@@ -77,17 +77,20 @@ class PlainSession:
     def _send(self, message: dict[str, msgspec.Raw]) -> bool:
         manager = self._manager
         try:
-            topic = _text_decoder.decode(message["topic"])
-            if manager.clients_may_publish(topic):
+            topic = _decode_text(message["topic"])
+            if manager.publishable.get(topic) or manager.clients_may_publish(topic):
                 del message["type"], message["topic"]
-                message.pop("conn_id", None)
-                self._connection.no_error()
-                accepted = manager.publish_checked(topic, jsontext.encode(message))
+                if "conn_id" in message:
+                    del message["conn_id"]
+                self._connection.errors = 0
+                accepted = manager.publish_checked(topic, jsontext.encode_members(message))
+                if accepted is DONE:
+                    return True
                 if isinstance(accepted, Storing):
                     connection = self._connection
                     accepted.when_done(lambda result: _tell_stored(connection, _UNSET, result))
                     return not manager.transport.congested
-                return accepted is DONE or (isinstance(accepted, Taking) and not manager.transport.congested)
+                return isinstance(accepted, Taking) and not manager.transport.congested
         except BusFull as exc:
             self._connection.answer_error(str(exc), ErrorCode.INTERNAL)
             return False
@@ -112,7 +115,7 @@ def handle_message(manager: WebSocketManager, connection: Connection, data: dict
         else:
             connection.answer_error(str(exc), exc.code, ack)
         return True
-    connection.no_error()
+    connection.errors = 0
     if isinstance(accepted, Storing):
         accepted.when_done(lambda result: _tell_stored(connection, ack, result))
         return not manager.transport.congested
@@ -227,7 +230,7 @@ def _value(value: Any) -> Any:
 def _text(value: Any, name: str) -> str:
     if type(value) is msgspec.Raw:
         try:
-            return _text_decoder.decode(value)
+            return _decode_text(value)
         except (msgspec.DecodeError, UnicodeError):
             pass  # the long way finds the words
     try:

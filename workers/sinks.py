@@ -16,6 +16,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from uvicorn.protocols.utils import is_ssl
+
 from workers.backlog import Backlog as Backlog
 from workers.backlog import Waiting as Waiting
 from workers.fanout import Fanout, SlowPolicy, text_frame
@@ -34,8 +36,8 @@ SLOW_CLOSE: Final = (1013, "slow consumer")
 class SocketSink:
     """Frames of one client on the way to the transport of :class:`~workers.protocol.WebSocketProtocol`.
 
-    While the transport has nothing buffered, a write goes to the kernel at once. What the kernel does not take is
-    the transport's; everything after it waits here until the transport is empty again.
+    While the transport has nothing buffered, the fan-out writes to the socket itself (:attr:`fd`). What the kernel does
+    not take is the transport's; everything after it waits here until the transport is empty again.
     """
 
     __slots__ = (
@@ -44,11 +46,12 @@ class SocketSink:
         "_extra",
         "_progress",
         "_protocol",
+        "_socket",
         "_stuck",
         "_waiters",
         "closed",
-        "direct",
         "fanout",
+        "fd",
         "max_backlog",
         "pending",
         "slow_close",
@@ -68,7 +71,8 @@ class SocketSink:
         self._extra = 0
         self._waiters: list[asyncio.Future[None]] | None = None
         self.pending: bytes | list[bytes] | None = None
-        self.direct: Callable[[bytes], object] | None = None
+        self._socket = -1
+        self.fd = -1
         self.closed = False
         self.max_backlog = max_backlog
         self.write_timeout = write_timeout
@@ -81,8 +85,18 @@ class SocketSink:
         return waiting + (0 if self.closed else self._protocol.transport.get_write_buffer_size())
 
     def open(self) -> None:
-        """The handshake is answered: what was held leaves now."""
-        self._resume()
+        """The handshake is answered: what was held leaves now, or after what the kernel has not taken of the answer.
+
+        The descriptor is ours until the protocol's ``connection_lost``: transports close it after that, not before.
+        """
+        transport = self._protocol.transport
+        socket = transport.get_extra_info("socket")
+        if socket is not None and not is_ssl(transport):
+            self._socket = socket.fileno()
+        if transport.get_write_buffer_size():
+            self._wait()
+        else:
+            self._resume()
 
     def write(self, data: bytes) -> None:
         if self._backlog is not None:
@@ -90,12 +104,16 @@ class SocketSink:
         elif not self.closed:
             self._protocol.write(data)
 
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
+        """What the kernel did not take of the fan-out's own write: the transport tries again, and tells us."""
+        self._stuck = policy
+        self._protocol.write(data)
+        if self._backlog is None:
+            self._stuck = "close"
+
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         if self._backlog is None:
-            self._stuck = policy
-            self.write(b"".join(frames))
-            if self._backlog is None:
-                self._stuck = "close"
+            self.write_rest(memoryview(b"".join(frames)), policy)
         else:
             for frame in frames:
                 self._add(Waiting(frame, policy, topic))
@@ -143,11 +161,14 @@ class SocketSink:
 
     def blocked(self) -> None:
         """The transport holds bytes that the kernel did not take."""
-        self.direct = None
+        self.fd = -1
         if self._backlog is None and not self.closed:
             self._backlog = Backlog(self.max_backlog, joins=True)
-            self._progress = (asyncio.get_running_loop().time(), self._protocol.unsent())
-            self.fanout.watch(self)
+            self._wait()
+
+    def _wait(self) -> None:
+        self._progress = (asyncio.get_running_loop().time(), self._protocol.unsent())
+        self.fanout.watch(self)
 
     def unblocked(self) -> None:
         """The transport is empty again."""
@@ -162,7 +183,7 @@ class SocketSink:
             self._protocol.write(b"".join(backlog.take()))
         if self._backlog is None:
             self._stuck = "close"
-            self.direct = self._protocol.transport.write
+            self.fd = self._socket
             self.fanout.unwatch(self)
             self._end_extra()
             self._wake()
@@ -201,7 +222,7 @@ class SocketSink:
         code, reason = self.slow_close
         self.fanout.slow_closed += 1
         logger.warning("connection from %s closed as slow (%d): %s", self._protocol.peer_name(), code, why)
-        self.direct = None
+        self.fd = -1
         # What still waits is given up; the frame that is half out stays whole, the close frame follows it.
         self._backlog = Backlog(self.max_backlog, joins=True)
         self._protocol.close(code, reason)
@@ -209,7 +230,7 @@ class SocketSink:
     def close(self) -> None:
         """Take nothing more. The protocol writes the close frame."""
         self.closed = True
-        self.direct = None
+        self.fd = -1
         self.fanout.unwatch(self)
         self._wake()
 
@@ -234,8 +255,8 @@ class AsgiSink:
         "_waiters",
         "_websocket",
         "closed",
-        "direct",
         "fanout",
+        "fd",
         "max_backlog",
         "pending",
         "slow_close",
@@ -261,7 +282,7 @@ class AsgiSink:
         self._on_gone = on_gone
         self._closing = False
         self.pending: bytes | list[bytes] | None = None
-        self.direct: Callable[[bytes], object] | None = None
+        self.fd = -1
         self.closed = False
         self.max_backlog = max_backlog
         self.write_timeout = write_timeout
@@ -285,6 +306,9 @@ class AsgiSink:
         for frame in frames:
             for payload in payloads(frame):
                 self._add(Waiting(payload, policy, topic))
+
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
+        """Never called: it has no descriptor."""
 
     @property
     def flowing(self) -> bool:

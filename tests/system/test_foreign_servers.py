@@ -98,6 +98,18 @@ app = FastAPI()  # whose lifespan starts nothing
 app.mount("/realtime", create_hub(WebSocketManager("hub", "ipc://RUNTIME_DIR")))
 """
 
+HUB = """
+from workers import WebSocketManager, create_hub
+
+app = create_hub(WebSocketManager("hub", "ipc://RUNTIME_DIR"))
+"""
+
+HISTORY = """
+[topics."kept/#"]
+history_size = 1000
+history_ttl = 60
+"""
+
 UVICORN = ("uvicorn", "app:app", "--workers", "2", "--host", "127.0.0.1", "--log-level", "warning", "--port")
 UVICORN_ONE = ("uvicorn", "app:app", "--host", "127.0.0.1", "--log-level", "warning", "--port")
 GUNICORN = (
@@ -349,6 +361,47 @@ def test_a_hub_that_is_mounted_where_no_lifespan_starts_it() -> None:
         there.servers[0].stop()
         assert there.inboxes()
         run(alone(there.start(UVICORN_ONE), there))
+
+
+async def replaced(there: Place, victim: int) -> None:
+    """Kill a process and wait for its successor."""
+    os.kill(victim, signal.SIGKILL)
+
+    def two_others() -> bool:
+        pids = set(there.peers().values())
+        return len(pids) == 2 and victim not in pids
+
+    await until_async(two_others, 20.0, "a successor")
+
+
+@pytest.mark.parametrize("command", [UVICORN, GUNICORN], ids=["uvicorn", "gunicorn"])
+def test_history_where_the_processes_are_not_ours(command: tuple[str, ...]) -> None:
+    """What was missed while a process was killed comes from the store, whichever process is asked for it."""
+
+    async def main(there: Place) -> None:
+        (there.base / "hub.toml").write_text(HISTORY)
+        server = there.start(command, FLOCKWIRE_CONFIG=str(there.base / "hub.toml"))
+        await (await server.client("/ws/first")).close()
+        await until_async(lambda: len(there.peers()) == 2, 20.0, "both processes on the bus")
+        reader = await server.client("/ws/reader?topic=kept/%23&envelope=1")
+        writer = await server.client("/ws/writer")
+        await acked(writer, type="send", topic="kept/a", n=0)
+        before = await next_json(reader)
+        assert before["data"] == {"n": 0}
+        # One after the other: a store that nobody holds begins anew.
+        for victim in list(there.peers().values()):
+            await replaced(there, victim)
+        writer = await server.client("/ws/writer")
+        for n in range(1, 20):
+            await acked(writer, type="send", topic=f"kept/{n % 3}", n=n)
+        since = f"{before['epoch']}:{before['offset']}"
+        reader = await server.client(f"/ws/reader?topic=kept/%23&envelope=1&since={since}")
+        assert [(await next_json(reader))["data"]["n"] for _ in range(19)] == list(range(1, 20))
+        for client in (reader, writer):
+            await client.close()
+
+    with place(HUB, tidy=False) as there:
+        run(main(there))
 
 
 async def alone(server: Server, there: Place) -> None:

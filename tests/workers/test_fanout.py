@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given
@@ -19,11 +19,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.pending: bytes | list[bytes] | None = None
-        self.direct: Callable[[bytes], object] | None = None
+        self.fd = -1
         self.writes: list[bytes] = []
 
     def write(self, data: bytes) -> None:
         self.writes.append(data)
+
+    def write_rest(self, data: memoryview, policy: SlowPolicy) -> None:
+        raise AssertionError("it has no descriptor")
 
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         self.writes.append(b"".join(frames))
