@@ -25,7 +25,7 @@ from bench.scenarios import Timing
 from bench.servers import Running
 from bench.stats import figure, table
 
-CANDIDATES = 24
+CANDIDATES = 48
 LOW_RATE = 200
 SIZE = 128
 FULL = ("--outstanding", "256")
@@ -34,9 +34,11 @@ FLOOR_SECONDS = 0.8
 FLOOR_MESSAGES = 300
 FLOOR_TURN = 64
 """Messages that the floor sends in one turn of its loop at full rate; each is a ZeroMQ message, ours joins a turn's."""
+MORE = 8
+"""Near listeners whose cost tells what one costs: less noise than the cost of a single one."""
 SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "near": (("pa", "sa"), FULL),
-    "near2": (("pa", "sa", "la"), FULL),
+    "near more": (("pa", "sa", *["la"] * MORE), FULL),
     "cross": (("pa", "sa", "lb"), FULL),
     "latency-near": (("pa", "sa"), LOW),
     "latency-far": (("pa", "sb"), LOW),
@@ -152,7 +154,7 @@ def measured(sides: Mapping[str, tuple[float, float]], events: Mapping[str, Even
     near, far = (events[f"latency-{where}"]["latency_us"] for where in ("near", "far"))
     return {
         "near_cpu_us": sides["near"][0],
-        "near2_cpu_us": sides["near2"][0],
+        "near_more_cpu_us": sides["near more"][0],
         "cross_cpu_us": sides["cross"][0],
         "receive_all_cpu_us": sides["cross"][1],
         "uninterested_cpu_us": sides["near"][1],
@@ -170,7 +172,7 @@ def differences(figures: Mapping[str, float]) -> dict[str, float]:
     Sending side: worker a with a subscriber of its own and a far one, less the same without the far one.
     Receiving side: worker b, less what one more near subscriber costs worker a.
     """
-    one_more = figures["near2_cpu_us"] - figures["near_cpu_us"]
+    one_more = (figures["near_more_cpu_us"] - figures["near_cpu_us"]) / MORE
     return {
         "send_cpu_us": figures["cross_cpu_us"] - figures["near_cpu_us"],
         "receive_cpu_us": figures["receive_all_cpu_us"] - one_more,
