@@ -237,6 +237,8 @@ class Outbound:
         touched: dict[Key, Link] = {}
         known = self._routes.get
         federation = self.federation
+        if not self.links and federation is None:
+            return  # alone on the bus
         topic = channel = ""  # no topic is empty
         before: tuple[Link, ...] = ()
         for envelope, encoded in entries:
