@@ -1,26 +1,44 @@
 """What crossing from worker to worker costs: added latency at a low rate, processor time on each side at full rate.
 
 Connections are opened until there are enough on each of two workers; /proc says which process holds the other end,
-so the server need not be asked and need not be prepared.
+so the server need not be asked and need not be prepared. Beside it, in the same run, stands the floor: bare ZeroMQ
+between two processes (``apps/bare_bus.py``).
+
+The costs are differences between runs with and without crossing, of a few hundredths of a run each: so every shape is
+measured in each round, and the medians of all rounds are subtracted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 
 from bench import proc
 from bench.generator import Event, LoadFailed, Placement, healthy, measure
+from bench.places import ROOT
 from bench.results import Results, Run
 from bench.scenarios import Timing
 from bench.servers import Running
 from bench.stats import figure, table
 
-CANDIDATES = 24
+CANDIDATES = 48
+LOW_RATE = 200
+SIZE = 128
 FULL = ("--outstanding", "256")
-LOW = ("--rate", "200")
+LOW = ("--rate", str(LOW_RATE))
+FLOOR_SECONDS = 0.8
+FLOOR_MESSAGES = 300
+FLOOR_TURN = 64
+"""Messages that the floor sends in one turn of its loop at full rate; each is a ZeroMQ message, ours joins a turn's."""
+MORE = 8
+"""Near listeners whose cost tells what one costs: less noise than the cost of a single one."""
 SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "near": (("pa", "sa"), FULL),
-    "near2": (("pa", "sa", "la"), FULL),
+    "near more": (("pa", "sa", *["la"] * MORE), FULL),
     "cross": (("pa", "sa", "lb"), FULL),
     "latency-near": (("pa", "sa"), LOW),
     "latency-far": (("pa", "sb"), LOW),
@@ -84,58 +102,125 @@ def once(server: Running, timing: Timing, turn: int) -> Run:
         sides[name] = (stage.side(event, 0), stage.side(event, 1))
         if words := healthy(event):
             wrong.append(f"{name}: {words}")
+    metrics = measured(sides, events)
     return Run(
         scenario="X",
         server=server.spec.name,
         round=turn,
-        metrics=differences(sides, events),
+        metrics={**metrics, **differences(metrics), **floor(metrics["messages_per_s"])},
         wrong="; ".join(wrong) or None,
         detail=events,
     )
 
 
-def differences(sides: dict[str, tuple[float, float]], events: dict[str, Event]) -> dict[str, float]:
+def floor(rate: float) -> dict[str, float]:
+    """Bare ZeroMQ: at the rate that was reached, and at the low rate."""
+    full, low = bare(int(FLOOR_SECONDS * rate), int(rate), FLOOR_TURN), bare(FLOOR_MESSAGES, LOW_RATE, 1)
+    return {
+        "floor_send_cpu_us": full["send_cpu_us"],
+        "floor_receive_cpu_us": full["cpu_us"],
+        "floor_p50_us": low["p50_us"],
+        "floor_p99_us": low["p99_us"],
+    }
+
+
+def bare(messages: int, rate: int, turn: int) -> dict[str, float]:
+    """One run of the floor: what the receiver says, and the sender's processor time."""
+    with tempfile.TemporaryDirectory() as directory:
+        line = [sys.executable, "-m", "bench.apps.bare_bus"]
+        endpoint = f"ipc://{directory}/bus"
+        receiver = subprocess.Popen([*line, "receive", endpoint], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert receiver.stdout is not None
+            receiver.stdout.readline()  # it is bound
+            numbers = [str(number) for number in (messages, rate, SIZE, turn)]
+            sent = subprocess.run(
+                [*line, "send", endpoint, *numbers],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            )
+            found: dict[str, float] = json.loads(receiver.communicate(timeout=30)[0])
+        finally:
+            receiver.kill()
+            receiver.wait()
+    return {**found, "send_cpu_us": json.loads(sent.stdout)["cpu_us"]}
+
+
+def measured(sides: Mapping[str, tuple[float, float]], events: Mapping[str, Event]) -> dict[str, float]:
+    """What the shapes say by themselves; :func:`differences` is made of these."""
+    near, far = (events[f"latency-{where}"]["latency_us"] for where in ("near", "far"))
+    return {
+        "near_cpu_us": sides["near"][0],
+        "near_more_cpu_us": sides["near more"][0],
+        "cross_cpu_us": sides["cross"][0],
+        "receive_all_cpu_us": sides["cross"][1],
+        "uninterested_cpu_us": sides["near"][1],
+        "near_p50_us": near["p50"],
+        "near_p99_us": near["p99"],
+        "far_p50_us": far["p50"],
+        "far_p99_us": far["p99"],
+        "messages_per_s": events["cross"]["sent"] / events["cross"]["seconds"],
+    }
+
+
+def differences(figures: Mapping[str, float]) -> dict[str, float]:
     """The cost of crossing, from the shapes with and without it.
 
     Sending side: worker a with a subscriber of its own and a far one, less the same without the far one.
     Receiving side: worker b, less what one more near subscriber costs worker a.
     """
-    one_more = sides["near2"][0] - sides["near"][0]
-    near, far = (events[f"latency-{where}"]["latency_us"] for where in ("near", "far"))
+    one_more = (figures["near_more_cpu_us"] - figures["near_cpu_us"]) / MORE
     return {
-        "send_cpu_us": sides["cross"][0] - sides["near"][0],
-        "receive_cpu_us": sides["cross"][1] - one_more,
-        "receive_all_cpu_us": sides["cross"][1],
-        "near_cpu_us": sides["near"][0],
-        "uninterested_cpu_us": sides["near"][1],
-        "near_p50_us": near["p50"],
-        "far_p50_us": far["p50"],
-        "added_p50_us": far["p50"] - near["p50"],
-        "added_p99_us": far["p99"] - near["p99"],
-        "messages_per_s": events["cross"]["sent"] / events["cross"]["seconds"],
+        "send_cpu_us": figures["cross_cpu_us"] - figures["near_cpu_us"],
+        "receive_cpu_us": figures["receive_all_cpu_us"] - one_more,
+        "added_p50_us": figures["far_p50_us"] - figures["near_p50_us"],
+        "added_p99_us": figures["far_p99_us"] - figures["near_p99_us"],
     }
 
 
-ROWS: tuple[tuple[str, str, str], ...] = (
-    ("send_cpu_us", "CPU of the sending worker per message and destination, µs", "≤ 1"),
-    ("receive_cpu_us", "CPU of the receiving worker per message, less the delivery, µs", "≤ 1"),
-    ("receive_all_cpu_us", "the same with the delivery to one client, µs", ""),
-    ("near_cpu_us", "one worker alone, one subscriber, per message, µs", ""),
-    ("uninterested_cpu_us", "a worker without interest, per message, µs", "0"),
-    ("near_p50_us", "median latency within a worker, 200 messages/s, µs", ""),
-    ("added_p50_us", "median latency added by crossing, µs", "≤ 150"),
-    ("added_p99_us", "p99 latency added by crossing, µs", ""),
-    ("messages_per_s", "messages/s at full rate", ""),
+ROWS: tuple[tuple[str, str, str, str], ...] = (
+    ("send_cpu_us", "floor_send_cpu_us", "CPU of the sending worker per message and destination, µs", "≤ 1"),
+    (
+        "receive_cpu_us",
+        "floor_receive_cpu_us",
+        "CPU of the receiving worker per message, less the delivery, µs",
+        "≤ 1",
+    ),
+    ("receive_all_cpu_us", "", "the same with the delivery to one client, µs", ""),
+    ("near_cpu_us", "", "one worker alone, one subscriber, per message, µs", ""),
+    ("uninterested_cpu_us", "", "a worker without interest, per message, µs", "0"),
+    ("near_p50_us", "", "median latency within a worker, 200 messages/s, µs", ""),
+    ("added_p50_us", "floor_p50_us", "median latency added by crossing, µs", "≤ 150"),
+    ("added_p99_us", "floor_p99_us", "p99 latency added by crossing, µs", ""),
+    ("messages_per_s", "", "messages/s at full rate", ""),
 )
+"""Ours, the floor's, words, the aim."""
 
 
 def report(results: Results) -> str:
     """The table of crossing."""
+    runs = [run.metrics for run in results.runs if run.scenario == "X" and run.metrics]
+    if not runs:
+        return ""
+    # Small differences of large figures: of the medians of all rounds, not the median of each round's differences.
+    middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    middle |= differences(middle)
     lines = []
-    for metric, words, wanted in ROWS:
+    for metric, bare_metric, words, wanted in ROWS:
         found = results.spread("X", "flockwire-2", metric)
+        lowest = results.spread("X", "flockwire-2", bare_metric) if bare_metric else None
         if found:
+            times = middle[metric] / lowest.median if lowest else None
             lines.append(
-                [words, f"{figure(found.median)} ({figure(found.least)}–{figure(found.most)})", wanted]
+                [
+                    words,
+                    f"{figure(middle[metric])} ({figure(found.least)}–{figure(found.most)})",
+                    wanted,
+                    figure(lowest.median) if lowest else "",
+                    figure(times) if times is not None else "",
+                ]
             )
-    return table(["crossing workers", "median (min–max)", "wanted"], lines) if lines else ""
+    return table(["crossing workers", "median (min–max)", "wanted", "bare ZeroMQ", "×"], lines)

@@ -68,7 +68,7 @@ struct conn {
 struct thread {
     int index, epoll, wake, timer, first, in_flight;
     pthread_t id;
-    enum phase seen;
+    _Atomic int seen; /* the phase it works in */
     uint64_t next_probe, probe_every;
     uint8_t *buffer;
     int *own, own_count;       /* connections */

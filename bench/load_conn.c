@@ -446,8 +446,8 @@ static void subscribe_all(struct thread *t) {
 
 static void turn(struct thread *t) {
     enum phase now = (enum phase)atomic_load(&phase);
-    bool changed = now != t->seen;
-    t->seen = now;
+    bool changed = (int)now != atomic_load(&t->seen);
+    atomic_store(&t->seen, (int)now);
     if (now == CONNECT)
         while (t->in_flight < opt.concurrency && t->first < t->own_count) conn_open(t, &conns[t->own[t->first++]]);
     if (now == SUBSCRIBE && changed) subscribe_all(t);

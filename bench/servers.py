@@ -78,6 +78,8 @@ class Spec:
     ready_path: str | None = None
     processes: int = 1
     """So many are running when it is ready; an nginx listens before its workers are there."""
+    whole: Callable[[int, Path], bool] | None = None
+    """Asked with port and directory: all of it serves, not only the first worker that answered."""
     resident: bool = True
     """False: it costs processor time while idle and so is stopped after each of its turns."""
 
@@ -109,10 +111,18 @@ class Running:
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_DEADLINE
-        while not answers(self.port, self.spec.ready_path) or len(self.pids()) < self.spec.processes:
+        while not self._ready():
             if any(process.poll() is not None for process in self.processes) or time.monotonic() > deadline:
                 raise DidNotStart(f"{self.spec.name} did not start: {self.log_end()}")
             time.sleep(0.02)
+
+    def _ready(self) -> bool:
+        spec = self.spec
+        return (
+            answers(self.port, spec.ready_path)
+            and len(self.pids()) >= spec.processes
+            and (spec.whole is None or spec.whole(self.port, self.directory))
+        )
 
     def log_end(self) -> str:
         """The last lines of what it printed."""
@@ -200,6 +210,17 @@ def runtime_dir(port: int, directory: Path) -> Path:
     """Where our server of that port and directory keeps its shared state: in shared memory, as by default."""
     shared = Path("/dev/shm")
     return (shared if shared.is_dir() else directory) / f"flockwire-bench-{os.getuid()}-{port}"
+
+
+def all_workers_ready(port: int, directory: Path) -> bool:
+    """Our supervisor steers connections to ready workers only: before all are, they come to the first alone."""
+    from supervisor.control import HubNotRunning, ask  # the peers are measured without our packages
+
+    try:
+        answer = ask(str(runtime_dir(port, directory)), {"command": "status"}, START_DEADLINE)
+    except (HubNotRunning, TimeoutError):
+        return False
+    return answer is not None and all(worker["state"] == "ready" for worker in answer["workers"])
 
 
 # --- peers ---
@@ -328,8 +349,24 @@ SERVERS: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         Spec("flockwire", "flockwire (1)", flockwire(1), ACKNOWLEDGED, "/readyz", 2),
-        Spec("flockwire-2", "flockwire (2)", flockwire(2), ACKNOWLEDGED, "/readyz", 3),
-        Spec("flockwire-4", "flockwire (4)", flockwire(4), ACKNOWLEDGED, "/readyz", 5),
+        Spec(
+            "flockwire-2",
+            "flockwire (2)",
+            flockwire(2),
+            ACKNOWLEDGED,
+            "/readyz",
+            3,
+            all_workers_ready,
+        ),
+        Spec(
+            "flockwire-4",
+            "flockwire (4)",
+            flockwire(4),
+            ACKNOWLEDGED,
+            "/readyz",
+            5,
+            all_workers_ready,
+        ),
         Spec(
             "connection",
             "our Connection, user's endpoint (1)",

@@ -247,6 +247,9 @@ class Bus:
         self._flush_scheduled = False
         if self._open:
             self._flush()
+            if self.outbound.links:
+                # What came in during a long turn goes out to clients together with what the turn has for them.
+                self._on_inbox()
 
     def _flush(self) -> None:
         turn = self._turn

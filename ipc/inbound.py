@@ -188,12 +188,18 @@ class Inbound:
 
     def _hand_on(self, envelopes: list[Envelope]) -> None:
         channel = envelopes[0].channel
+        for envelope in envelopes:
+            if envelope.channel != channel:
+                break
+        else:
+            self._deliver(channel, envelopes)
+            return
         start = 0
         for index, envelope in enumerate(envelopes):
             if envelope.channel != channel:
                 self._deliver(channel, envelopes[start:index])
                 channel, start = envelope.channel, index
-        self._deliver(channel, envelopes[start:] if start else envelopes)
+        self._deliver(channel, envelopes[start:])
 
     def _deliver(self, channel: str, envelopes: list[Envelope]) -> None:
         deliver = self._channels.get(channel)

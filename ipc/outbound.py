@@ -237,11 +237,19 @@ class Outbound:
         touched: dict[Key, Link] = {}
         known = self._routes.get
         federation = self.federation
+        if not self.links and federation is None:
+            return  # alone on the bus
+        topic = channel = ""  # no topic is empty
+        before: tuple[Link, ...] = ()
         for envelope, encoded in entries:
-            # The usual case, without a call.
-            links = known((envelope.channel, envelope.topic)) if envelope.kind == wire.TOPIC else None
-            if links is None:
+            if envelope.kind != wire.TOPIC:
                 links = self.route(envelope)
+            elif envelope.topic == topic and envelope.channel == channel:
+                links = before  # messages to one topic come in runs
+            else:
+                topic, channel = envelope.topic, envelope.channel
+                found = known((channel, topic))
+                links = before = self.route(envelope) if found is None else found
             if federation is not None and envelope.origin is not None:
                 links = (*links, federation.link)
             if not links:

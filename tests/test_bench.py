@@ -11,7 +11,7 @@ import pytest
 
 from bench import proc
 from bench.build import NoCompiler, build, compiler
-from bench.crossworker import Stage, differences
+from bench.crossworker import Stage, differences, measured
 from bench.generator import LoadFailed, healthy, measure
 from bench.report import Target, peers_table, targets_table
 from bench.results import Results, Run, begin, load
@@ -135,7 +135,7 @@ def test_crossing_is_what_the_far_subscriber_adds() -> None:
         "latency-far": {"latency_us": {"p50": 180.0, "p99": 290.0}},
         "cross": {"sent": 1000, "seconds": 2.0},
     }
-    found = differences({"near": (5.0, 0.0), "near2": (6.5, 0.0), "cross": (5.5, 2.0)}, events)
+    found = differences(measured({"near": (5.0, 0.0), "near more": (17.0, 0.0), "cross": (5.5, 2.0)}, events))
     assert (found["send_cpu_us"], found["receive_cpu_us"], found["added_p50_us"]) == (0.5, 0.5, 80.0)
 
 

@@ -38,11 +38,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = False
         self._changed: Callable[[], None] = getattr(server_state, "changed", nothing)
+        self._taken: Callable[[int], None] = getattr(server_state, "taken", _nobody_counts)
         self._deadlines = _handshakes(server_state, self.loop)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._deadlines.set(self)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            self._taken(sock.fileno())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadlines.clear(self)
@@ -105,3 +109,7 @@ def _handshakes(server_state: ServerState, loop: asyncio.AbstractEventLoop) -> D
         state.handshakes = Deadlines(loop, HANDSHAKE_TIMEOUT, HttpProtocol.overdue)
     found: Deadlines[HttpProtocol] = state.handshakes
     return found
+
+
+def _nobody_counts(descriptor: int) -> None:
+    """The server is not ours."""

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import uvicorn
 
+from workers.accepting import Accepting
 from workers.http_protocol import HttpProtocol
 from workers.protocol import WebSocketProtocol
 
@@ -55,6 +56,8 @@ class DrainState(uvicorn.server.ServerState):
     def __init__(self) -> None:
         super().__init__()
         self.event: asyncio.Event | None = None
+        self.taken: Callable[[int], None] = _nobody_counts
+        """Told the descriptor of each connection."""
 
     def changed(self) -> None:
         """Called by the protocols when a handshake is answered and when a connection ends."""
@@ -69,6 +72,8 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self.server_state: DrainState = DrainState()
         self._listener = listener
+        self._accepting = Accepting(listener, self._serve_on)
+        self.server_state.taken = self._accepting.taken
         self._ticker: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
@@ -81,11 +86,27 @@ class DrainingServer(uvicorn.Server):
             self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
         self._tick()
-        await self.startup(sockets=[self._listener])
+        await self.startup(sockets=[])
+        await self._accepting.start()
+
+    async def _serve_on(self, sock: socket.socket) -> asyncio.AbstractServer:
+        """As uvicorn's ``startup`` does for a socket, which it can do only once."""
+        config = self.config
+        server = await asyncio.get_running_loop().create_server(
+            lambda: config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            ),
+            sock=sock,
+            ssl=config.ssl,
+            backlog=config.backlog,
+        )
+        self.servers = [server]
+        return server
 
     def _tick(self) -> None:
-        """The Date header, once a second."""
+        """The Date header and the limit of descriptors, once a second."""
         date = [(b"date", formatdate(time.time(), usegmt=True).encode())] if self.config.date_header else []
+        self._accepting.look()
         self.server_state.default_headers = date + self.config.encoded_headers
         self._ticker = asyncio.get_running_loop().call_later(1.0, self._tick)
 
@@ -94,8 +115,7 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         await self._accept_queued()
-        for server in self.servers:
-            server.close()
+        self._accepting.end()
         self._end_idle_http()
         await self._until(lambda: not self._handshaking(), min(HANDSHAKE_GRACE, timeout / 2))
         clients = self._clients()
@@ -124,8 +144,11 @@ class DrainingServer(uvicorn.Server):
     async def _accept_queued(self) -> None:
         """Connections that wait in the socket's queue are this worker's if nobody else accepts from it."""
         end = asyncio.get_running_loop().time() + 1.0
-        while select.select([self._listener], [], [], 0)[0] and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+        while self._is_waited_for() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
             await asyncio.sleep(0)  # a turn of the loop is what accepts
+
+    def _is_waited_for(self) -> bool:
+        return not self._accepting.pausing and bool(select.select([self._listener], [], [], 0)[0])
 
     def _handshaking(self) -> list[Any]:
         return [c for c in self.server_state.connections if getattr(c, "handshaking", False)]
@@ -169,3 +192,7 @@ class DrainingServer(uvicorn.Server):
                 await self.lifespan.shutdown()
         except TimeoutError:
             logger.warning("the application's shutdown took longer than %g s and was given up", timeout)
+
+
+def _nobody_counts(descriptor: int) -> None:
+    pass

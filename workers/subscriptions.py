@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+import msgspec
+
 from ipc.topics import MAX_TOPIC_BYTES, check_wildcards
 
 S = TypeVar("S", bound=Hashable)
@@ -144,7 +146,7 @@ class SubscriptionIndex(Generic[S]):
 
     def _answer(self, topic: str, kept: _Answer[S] | None) -> tuple[S, ...]:
         """Find the answer for a topic, or see that an older one still holds."""
-        if not topic or _has_wildcard(topic):
+        if not topic or "+" in topic or "#" in topic:
             return ()
         patterns = self._matching_patterns(topic)
         if kept is not None:
@@ -175,26 +177,30 @@ class SubscriptionIndex(Generic[S]):
 
     def _matching_patterns(self, topic: str) -> list[_Pattern[S]]:
         """Walk down the trie, level by level, along all branches that match the topic."""
-        if not self._patterns:
-            return []
         found: list[_Pattern[S]] = []
+        if not self._patterns:
+            return found
         nodes = [self._root]
-        wildcards_match = not topic.startswith("$")  # on the first level
-        for level in topic.split("/"):
+        levels = topic.split("/")
+        if topic[0] == "$":  # which wildcards on the first level do not match
+            child = self._root.children.get(levels[0])
+            if child is None:
+                return found
+            nodes = [child]
+            del levels[0]
+        for level in levels:
             following: list[_Node[S]] = []
             for node in nodes:
-                if wildcards_match:
-                    if node.open_pattern is not None:
-                        found.append(node.open_pattern)
-                    if node.any_level is not None:
-                        following.append(node.any_level)
+                if node.open_pattern is not None:
+                    found.append(node.open_pattern)
+                if node.any_level is not None:
+                    following.append(node.any_level)
                 child = node.children.get(level)
                 if child is not None:
                     following.append(child)
             if not following:
                 return found
             nodes = following
-            wildcards_match = True
         for node in nodes:
             if node.pattern is not None:
                 found.append(node.pattern)
@@ -213,15 +219,12 @@ class _Pattern(Generic[S]):
         self.answered: set[str] = set()
 
 
-class _Answer(Generic[S]):
+class _Answer(msgspec.Struct, Generic[S], gc=False):
     """What `match` answered for a topic, from which patterns, at which version of the trie."""
 
-    __slots__ = ("patterns", "subscribers", "version")
-
-    def __init__(self, subscribers: tuple[S, ...], patterns: list[_Pattern[S]], version: int) -> None:
-        self.subscribers = subscribers
-        self.patterns = patterns
-        self.version = version
+    subscribers: tuple[S, ...]
+    patterns: list[_Pattern[S]]
+    version: int
 
 
 class _Node(Generic[S]):
