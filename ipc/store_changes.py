@@ -63,20 +63,6 @@ class Changes:
         self._time8 = b""
         self._state: StoreState | None = None
 
-    def _enter(self, txn: Transaction[bytes]) -> None:
-        self.txn = txn
-        self._get = txn.get
-        self._put = txn.put
-        self._delete = txn.delete
-        self._state = None
-
-    def _set_time(self, now: int) -> None:
-        # A clock that was set back must not disorder the log; one that was far ahead must not rule for ever.
-        if now < self._last_time <= now + 3_600_000:
-            now = self._last_time
-        self.now = now
-        self._time8 = now.to_bytes(8, "big")
-
     def _look_up_top(self) -> None:
         cursor = self.txn.cursor()
         if cursor.last() and cursor.key()[:1] == LOG:
@@ -89,12 +75,12 @@ class Changes:
     def state(self) -> StoreState:
         """The store's state, to be changed in place; it is written at the end of the transaction."""
         if self._state is None:
-            self._state = msgspec.msgpack.decode(self._get(STATE_KEY, b""), type=StoreState)
+            self._state = msgspec.msgpack.decode(self.txn.get(STATE_KEY, b""), type=StoreState)
         return self._state
 
     def _write_state(self) -> None:
         if self._state is not None:
-            self._put(STATE_KEY, msgspec.msgpack.encode(self._state))
+            self.txn.put(STATE_KEY, msgspec.msgpack.encode(self._state))
 
     # The log ----------------------------------------------------------------------------------------------------
 
@@ -108,21 +94,21 @@ class Changes:
         found = self._first(CHUNK + ident.to_bytes(8, "big"))
         if found is None:
             return b""
-        self._delete(found[0])
+        self.txn.delete(found[0])
         return found[1]
 
     def _remove(self, offset: int) -> None:
         """Delete an entry from the log now."""
         key = log_key(offset)
-        value = self._get(key)
+        value = self.txn.get(key)
         if value is None:
             return
         self.removed += len(value) + 32
         if offset == self.top:
-            self._put(key, tombstone(value))
+            self.txn.put(key, tombstone(value))
             self._victims.append(key[1:])
         else:
-            self._delete(key)
+            self.txn.delete(key)
 
     def _let_go(self, offsets: bytes) -> None:
         """Delete entries from the log when their grace is over."""
@@ -146,7 +132,7 @@ class Changes:
         self._victims.clear()
         if last is not None and last[0] == key:
             offsets = last[1][_MARK.size :] + offsets
-        self._put(key, _MARK.pack(self.now, passed) + offsets)
+        self.txn.put(key, _MARK.pack(self.now, passed) + offsets)
 
     def release(self, limit: int) -> int:
         """Delete what has had its grace, at most so many marks; returns how many entries that were."""
@@ -164,8 +150,8 @@ class Changes:
             if number(key) == self.top:
                 return done + self._release_last(key, value)
             for place in range(_MARK.size, len(value), 8):
-                self._delete(LOG + value[place : place + 8])
-            self._delete(key)
+                self.txn.delete(LOG + value[place : place + 8])
+            self.txn.delete(key)
             done += (len(value) - _MARK.size) // 8
         return done
 
@@ -176,11 +162,11 @@ class Changes:
         for place in range(_MARK.size, len(value), 8):
             victim = value[place : place + 8]
             if victim != last:
-                done += self._delete(LOG + victim)
+                done += self.txn.delete(LOG + victim)
             else:
-                self._put(LOG + last, tombstone(self._get(LOG + last, b"")))
+                self.txn.put(LOG + last, tombstone(self.txn.get(LOG + last, b"")))
         if value[-8:] == last:
-            self._put(key, value[: _MARK.size] + last)
+            self.txn.put(key, value[: _MARK.size] + last)
         else:
-            self._delete(key)
+            self.txn.delete(key)
         return done

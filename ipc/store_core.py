@@ -171,7 +171,8 @@ class StoreCore:
         try:
             if self._forked:
                 raise StoreError("this store was opened before the fork and belongs to the parent process")
-            if not self._lock.acquire():
+            lock = self._lock
+            if not lock.acquire():
                 raise StoreBusy("another process is writing to the store")
             try:
                 if self._broken:
@@ -185,7 +186,7 @@ class StoreCore:
             except _DAMAGE as error:
                 raise self._fail(StoreError, f"the store in {self.directory} is damaged: {error}") from error
             finally:
-                self._lock.release()
+                lock.release()
         finally:
             self.on_append_end()
         self.trouble = ""

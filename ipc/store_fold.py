@@ -12,6 +12,7 @@ all processes forget what they knew.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ipc.store_changes import Changes
@@ -74,16 +75,23 @@ class Folding(Changes):
         self._fold = (ZERO, 0)
         self._fold_written = self._fold
         self._top_before = 0
+        self._log_put: Callable[..., bool] | None = None
 
     def begin(self, txn: Transaction[bytes], txn_id: int, now: int) -> None:
         """Enter a transaction with this number. ``now``: milliseconds since 1970."""
-        self._enter(txn)
+        self.txn = txn
+        self._state = None
+        self._log_put = None
         # What the last transaction left is still true unless another process has written since.
         if self._expected != txn_id or len(self._heads) > _TOPICS_KNOWN:
             self._catch_up()
         self._expected = -1
         self._failed = True  # until it is committed
-        self._set_time(now)
+        # A clock that was set back must not disorder the log; one that was far ahead must not rule for ever.
+        if now < self._last_time <= now + 3_600_000:
+            now = self._last_time
+        self.now = now
+        self._time8 = now.to_bytes(8, "big")
         self._top_before = self.top
 
     def commit(self, txn_id: int) -> None:
@@ -92,7 +100,7 @@ class Folding(Changes):
             self._write_mark()
         if self._fold is not self._fold_written:
             folded, generation = self._fold_written = self._fold
-            self._put(FOLD_KEY, folded + generation.to_bytes(8, "big"))
+            self.txn.put(FOLD_KEY, folded + generation.to_bytes(8, "big"))
         if self._state is not None:
             self._write_state()
         self.txn.commit()
@@ -107,7 +115,7 @@ class Folding(Changes):
         """Others may have written, or the last transaction of this process was undone."""
         self._look_up_top()
         self._victims.clear()
-        written = self._get(FOLD_KEY, bytes(16))
+        written = self.txn.get(FOLD_KEY, bytes(16))
         folded, generation = written[:8], _from_bytes(written[8:], "big")
         start = _from_bytes(folded, "big")
         if (
@@ -158,7 +166,7 @@ class Folding(Changes):
         self.release(_MARKS_PER_FOLD)
 
     def _fold_topic(self, key: bytes, offsets: bytes) -> None:
-        window = Window.decode(self._get(key, b""))
+        window = Window.decode(self.txn.get(key, b""))
         limit = TRIMS_AT_ONCE * (len(offsets) >> 3)
         if window.ttl_ms:
             self._trim_old(window, limit)
@@ -166,15 +174,15 @@ class Folding(Changes):
         if gone:
             self._let_go(gone)
         for piece in pieces:
-            self._put(CHUNK + window.ident.to_bytes(8, "big") + piece[:8], piece)
-        self._put(key, window.encode())
+            self.txn.put(CHUNK + window.ident.to_bytes(8, "big") + piece[:8], piece)
+        self.txn.put(key, window.encode())
 
     def _trim_old(self, window: Window, limit: int) -> int:
         """Remove at most ``limit`` entries that are too old; returns how many. Keeps ``first_time`` true."""
         for done in range(limit):
             if not window.count or not window.ttl_ms or window.first_time + window.ttl_ms > self.now:
                 return done
-            value = self._get(log_key(window.front(self._take_piece)))
+            value = self.txn.get(log_key(window.front(self._take_piece)))
             if value is not None:
                 window.first_time = _from_bytes(value[LOG_TIME], "big")
                 if window.first_time + window.ttl_ms > self.now:
@@ -187,4 +195,4 @@ class Folding(Changes):
 
     def _schedule(self, key: bytes, window: Window) -> None:
         window.due = window.first_time + window.ttl_ms
-        self._put(DUE + window.due.to_bytes(8, "big") + window.ident.to_bytes(8, "big"), key)
+        self.txn.put(DUE + window.due.to_bytes(8, "big") + window.ident.to_bytes(8, "big"), key)

@@ -35,7 +35,7 @@ class Upkeep(Folding):
 
     def _emptied(self, key: bytes, window: Window) -> None:
         self._new_generation()
-        self._put(EMPTY + window.trimmed.to_bytes(8, "big"), self._time8 + key)
+        self.txn.put(EMPTY + window.trimmed.to_bytes(8, "big"), self._time8 + key)
 
     def expire(self, limit: int) -> int:
         """Trim idle topics by age, drop what was long empty; at most about ``limit`` removals. Returns how many."""
@@ -57,27 +57,27 @@ class Upkeep(Folding):
 
     def _expire_topic(self, due_key: bytes, key: bytes, limit: int) -> int:
         self.fold()
-        record = self._get(key)
+        record = self.txn.get(key)
         window = None if record is None else Window.decode(record)
         if window is None or window.due != number(due_key):
-            self._delete(due_key)
+            self.txn.delete(due_key)
             return 0
         had = window.count
         removed = self._trim_old(window, limit)
         if removed < limit or not window.count:
-            self._delete(due_key)
+            self.txn.delete(due_key)
             window.due = 0
             if window.count and window.ttl_ms:
                 self._schedule(key, window)
             elif had and not window.count:
                 self._emptied(key, window)
-        self._put(key, window.encode())
+        self.txn.put(key, window.encode())
         return removed
 
     def _drop_topic(self, empty_key: bytes, value: bytes) -> None:
         """Forget an empty topic: from now on only the floor knows that something was removed from it."""
-        self._delete(empty_key)
-        self._delete(value[8:])
+        self.txn.delete(empty_key)
+        self.txn.delete(value[8:])
         self._new_generation()
         self.removed += 2 * len(value) + 64
         self.state.floor = max(self.state.floor, number(empty_key))
@@ -89,10 +89,10 @@ class Upkeep(Folding):
             if found is None or (not early and _from_bytes(found[1][:8], "big") + IDEMPOTENCY_MS > self.now):
                 return done
             key, value = found
-            self._delete(key)
-            remembered = self._get(value[8:])
+            self.txn.delete(key)
+            remembered = self.txn.get(value[8:])
             if remembered is not None and remembered[:8] == key[1:]:  # it was not used again since
-                self._delete(value[8:])
+                self.txn.delete(value[8:])
         return limit
 
     # On demand -------------------------------------------------------------------------------------------------
@@ -101,19 +101,19 @@ class Upkeep(Folding):
         """Remove all entries of a topic; returns how many there were."""
         self.fold()
         key = topic_key(channel, topic)
-        record = self._get(key)
+        record = self.txn.get(key)
         if record is None or len(record) <= OFFSETS:
             return 0
         window = Window.decode(record)
         count = window.count
         if window.pieces:
-            self._put(GARBAGE + window.ident.to_bytes(8, "big"), b"")
+            self.txn.put(GARBAGE + window.ident.to_bytes(8, "big"), b"")
         for offset in unpack_offsets(window.head + window.tail):
             self._remove(offset)
         window.trimmed = window.top
         window.head, window.tail, window.pieces, window.ident = b"", b"", 0, 0
         self._emptied(key, window)
-        self._put(key, window.encode())
+        self.txn.put(key, window.encode())
         return count
 
     def _collect_garbage(self, limit: int) -> int:
@@ -125,7 +125,7 @@ class Upkeep(Folding):
                 break
             offsets = self._take_piece(number(found[0]))
             if not offsets:
-                self._delete(found[0])
+                self.txn.delete(found[0])
             for offset in unpack_offsets(offsets):
                 self._remove(offset)
             done += len(offsets) // 8 + 1
@@ -161,14 +161,14 @@ class Upkeep(Folding):
         if is_tombstone(value):
             if number(key) == self.top:
                 return False
-            self._delete(key)
+            self.txn.delete(key)
             return True
         self._evict_entry(number(key), value)
         return True
 
     def _evict_entry(self, offset: int, value: bytes) -> None:
         key = topic_key(*split_name(topic_name(value)))
-        record = self._get(key)
+        record = self.txn.get(key)
         window = None if record is None else Window.decode(record)
         if window is not None and window.count:
             if window.front(self._take_piece) == offset:
@@ -176,7 +176,7 @@ class Upkeep(Folding):
                 self.state.evicted += 1
                 if not window.count:
                     self._emptied(key, window)
-            self._put(
+            self.txn.put(
                 key, window.encode()
             )  # even when nothing was popped: looking at the front may move a piece
         self._remove(offset)

@@ -7,7 +7,6 @@ the end of the log; the topic's record follows later (``store_fold.py``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ipc.store_fold import Head
 from ipc.store_records import (
@@ -26,9 +25,6 @@ from ipc.store_records import (
 from ipc.store_upkeep import Upkeep
 from ipc.store_window import OFFSETS, RULE_END, TRIMMED, Window, unpack_offsets
 
-if TYPE_CHECKING:
-    from lmdb import Transaction
-
 _from_bytes = int.from_bytes
 
 
@@ -39,12 +35,6 @@ class Writer(Upkeep):
         super().__init__()
         self.max_entry = 1 << 30
         """The largest entry, in bytes."""
-        self._log_put: Callable[..., bool] | None = None
-
-    def begin(self, txn: Transaction[bytes], txn_id: int, now: int) -> None:
-        """Enter a transaction with this number. ``now``: milliseconds since 1970."""
-        super().begin(txn, txn_id, now)
-        self._log_put = None
 
     def append(self, entry: Entry) -> Position:
         """Store one entry under the next offset of the host."""
@@ -93,7 +83,7 @@ class Writer(Upkeep):
         retention = entry.retention
         new = head is None  # then none of its entries is pending: its record says all
         head = head or Head(*name, ZERO)
-        record = self._get(head.key)
+        record = self.txn.get(head.key)
         if new and record is not None:
             head.previous = record[-8:]
         if record is None or record[:RULE_END] != retention.rule or (new and len(record) == OFFSETS):
@@ -106,7 +96,7 @@ class Writer(Upkeep):
         changed = record is not None and record[:RULE_END] != retention.rule
         if changed:
             self.fold()
-            record = self._get(key)
+            record = self.txn.get(key)
             self._new_generation()
         window = Window(0) if record is None else Window.decode(record)
         if changed:
@@ -116,18 +106,18 @@ class Writer(Upkeep):
         if changed:
             self._trim_a_few(window)
         if record is not None and len(record) == OFFSETS:
-            self._delete(EMPTY + record[TRIMMED:OFFSETS])
+            self.txn.delete(EMPTY + record[TRIMMED:OFFSETS])
         if not window.count:
             window.first_time = self.now
         window.ident = window.ident or self.top + 1
-        if window.ttl_ms and not window.due:
+        if window.ttl_ms and not 0 < window.due <= window.first_time + window.ttl_ms:
             self._schedule(key, window)
-        self._put(key, window.encode())
+        self.txn.put(key, window.encode())
 
     # Idempotency -----------------------------------------------------------------------------------------------
 
     def _known(self, key: bytes, client_key: str) -> Position | None:
-        value = self._get(idempotency_key(key, client_key))
+        value = self.txn.get(idempotency_key(key, client_key))
         if value is None:
             return None
         offset, previous, time = unpack_offsets(value)
@@ -135,6 +125,6 @@ class Writer(Upkeep):
 
     def _remember(self, key: bytes, client_key: str, offset: bytes, previous: bytes) -> None:
         digest = idempotency_key(key, client_key)
-        self._put(digest, offset + previous + self._time8)
-        self._put(IDEMPOTENT_ORDER + offset, self._time8 + digest)
+        self.txn.put(digest, offset + previous + self._time8)
+        self.txn.put(IDEMPOTENT_ORDER + offset, self._time8 + digest)
         self.forget_keys(2)

@@ -41,7 +41,7 @@ class Storing(Accepted):
     __slots__ = ("_callbacks", "_result", "_topic")
 
     def __init__(self, topic: str) -> None:
-        super().__init__()
+        self._wait = None
         self._topic = topic
         self._result: Result | None = None
         self._callbacks: list[Callable[[Result], None]] = []
