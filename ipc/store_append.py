@@ -83,7 +83,15 @@ class Appender:
         Raises:
             StoreBusy: too much waits already; ``done`` will not be called.
         """
-        self._add(entry, done, len(entry.data) + len(entry.info) + len(entry.tags))
+        queue = self._queue
+        size = len(entry.data) + len(entry.info) + len(entry.tags)
+        if not queue and not self._closed:
+            self.waiting_bytes = size
+            queue.append((entry, done, size))
+            if self._flush_handle is None:
+                self._flush_handle = self._loop.call_soon(self._flush)
+        else:
+            self._add(entry, done, size)
 
     def write(self, work: Callable[[Writer], Any], done: Done) -> None:
         """As :meth:`append` for any other change: ``work`` runs inside the transaction, ``done`` gets its result."""
@@ -130,7 +138,14 @@ class Appender:
 
     def _flush(self) -> None:
         self._flush_handle = None
-        batch = self._take()
+        queue = self._queue
+        if len(queue) <= _BATCH and self.waiting_bytes <= _BATCH_BYTES:
+            batch = list(queue)
+            queue.clear()
+            self._taken += len(batch)
+            self.waiting_bytes = 0
+        else:
+            batch = self._take()
         try:
             results = self.store.transact(partial(_run, batch))
         except StoreBusy as error:
@@ -148,13 +163,7 @@ class Appender:
     def _take(self) -> list[_Item]:
         """Take from the queue what one transaction can hold without stopping the loop for long."""
         queue = self._queue
-        if len(queue) <= _BATCH and self.waiting_bytes <= _BATCH_BYTES:
-            batch = list(queue)
-            queue.clear()
-            self._taken += len(batch)
-            self.waiting_bytes = 0
-            return batch
-        batch = []
+        batch: list[_Item] = []
         size = 0
         while queue and len(batch) < _BATCH and (not batch or size + queue[0][2] <= _BATCH_BYTES):
             item = queue.popleft()

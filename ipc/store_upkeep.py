@@ -38,7 +38,11 @@ class Upkeep(Folding):
         self.txn.put(EMPTY + window.trimmed.to_bytes(8, "big"), self._time8 + key)
 
     def expire(self, limit: int) -> int:
-        """Trim idle topics by age, drop what was long empty; at most about ``limit`` removals. Returns how many."""
+        """Trim idle topics by age, drop what was long empty; at most about ``limit`` removals. Returns how many.
+
+        Folds, too: what is idle is in order.
+        """
+        self.fold()
         done = 0
         while done < limit:
             found = self._first(DUE)
@@ -56,7 +60,6 @@ class Upkeep(Folding):
         return done + self._collect_garbage(max(0, limit - done))
 
     def _expire_topic(self, due_key: bytes, key: bytes, limit: int) -> int:
-        self.fold()
         record = self.txn.get(key)
         window = None if record is None else Window.decode(record)
         if window is None or window.due != number(due_key):
