@@ -63,10 +63,10 @@ class HostLog:
 
     Args:
         store: open; it is closed by :meth:`close`.
-        send: gives an envelope to the other processes.
+        send: gives envelopes to the other processes; raises nothing.
     """
 
-    def __init__(self, store: Store, send: Callable[[Envelope], None]) -> None:
+    def __init__(self, store: Store, send: Callable[[Sequence[Envelope]], None]) -> None:
         self.store = store
         self.epoch = store.epoch
         self._loop = asyncio.get_running_loop()
@@ -132,13 +132,7 @@ class HostLog:
                 fresh.append(envelope)
         if fresh:
             self._arrived(fresh)
-            send = self._send
-            for envelope in fresh:
-                try:
-                    send(envelope)
-                except Exception as error:
-                    # It is stored, and so acknowledged; the others find it in the log.
-                    logger.debug("offset %d did not go over the bus: %r", envelope.offset, error)
+            self._send(fresh)
         for publication, result in zip(publications, results, strict=True):
             try:
                 publication.done(_new(Position, (result.offset, self.epoch)))
