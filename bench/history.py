@@ -1,24 +1,35 @@
-"""What history costs: appending alone and in batches, on top of nothing; and recovering from a long log.
+"""What history costs: appending alone and in batches, publishing with it and without; and recovering from a long log.
 
-``python -m bench.history`` prints the figures in microseconds of CPU; the targets are 12 alone, 5 in batches, and a
-millisecond for a recovery of 100 messages out of a million.
+``python -m bench.history`` prints the figures in microseconds of CPU per message. The targets, on top of a publish
+without history, are 12 alone and 5 in batches, from a machine on which the toy below took 6.9 and 2.7; so what counts
+here is the ratio to the toy. A recovery of 100 messages out of a million may take a millisecond.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from ipc.envelope import TOPIC, Envelope
-from ipc.history import HostLog
+import lmdb
+import uvloop
+
 from ipc.store import Entry, Retention, Store
+from workers import WebSocketManager
+from workers.stored import Storing
 
 DIRECTORY = "/dev/shm"
 PAYLOAD = b'{"n":123456,"text":"' + b"x" * 80 + b'"}'
-ROUNDS = 20_000
+ROUNDS = 10_000
+PASSES = 6
+"""Everything is measured so often, one after the other, and the best counts: machines are shared."""
+WARM = 14_000
+STEP = 0.0005
+"""Seconds for each message: what has left its window is deleted five seconds, or 10,000 messages, later."""
 
 
 class Case:
@@ -36,56 +47,98 @@ class Case:
         shutil.rmtree(self.directory)
 
 
-def cpu(work: Callable[[], object], times: int) -> float:
-    """Microseconds of CPU for each of so many calls."""
-    began = time.process_time()
-    for _ in range(times):
-        work()
-    return (time.process_time() - began) / times * 1e6
+class Clock:
+    """Half a millisecond goes by with each transaction, so that the old ones are deleted as in a hub that is busy."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 1e9, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
 
 
-def append_alone() -> float:
-    """One message a transaction."""
+def cpu(work: Callable[[], object], times: int, blocks: int = 10) -> float:
+    """Microseconds of CPU for each of so many calls: the best of some blocks, since machines are shared."""
+    best = 1e9
+    for _ in range(blocks):
+        began = time.process_time()
+        for _ in range(times // blocks):
+            work()
+        best = min(best, (time.process_time() - began) / (times // blocks) * 1e6)
+    return best
+
+
+def toy(batch: int) -> float:
+    """The least that could be done with LMDB: the entry, the topic's last offset, and the oldest one deleted."""
+    directory = tempfile.mkdtemp(prefix="fw-bench-", dir=DIRECTORY)
+    number = 0
+
+    def write() -> None:
+        nonlocal number
+        with env.begin(write=True) as txn:
+            for topic in range(batch):
+                number += 1
+                key = number.to_bytes(8, "big")
+                txn.put(b"z" + key, PAYLOAD)
+                txn.put(b"t%d" % topic, key)
+                if number > 1000:
+                    txn.delete(b"z" + (number - 1000).to_bytes(8, "big"))
+
+    with lmdb.open(directory, map_size=1 << 30, sync=False, metasync=False) as env:
+        cpu(write, 2000 // batch)
+        spent = cpu(write, ROUNDS // batch) / batch
+    shutil.rmtree(directory)
+    return spent
+
+
+def append(batch: int) -> float:
+    """So many messages a transaction, each to another topic."""
     keep = Retention(1000, 300)
     with Case() as store:
-        entry = Entry("hub", "chat/1", PAYLOAD, keep)
-        cpu(lambda: store.append([entry]), 2000)
-        return cpu(lambda: store.append([entry]), ROUNDS)
-
-
-def append_batched(batch: int = 10) -> float:
-    """Ten messages a transaction, of ten topics."""
-    keep = Retention(1000, 300)
-    with Case() as store:
+        store.clock = Clock(STEP * batch)
         entries = [Entry("hub", f"chat/{number}", PAYLOAD, keep) for number in range(batch)]
-        cpu(lambda: store.append(entries), 200)
+        cpu(lambda: store.append(entries), WARM // batch)
         return cpu(lambda: store.append(entries), ROUNDS // batch) / batch
 
 
-async def publish(batch: int, turns: int) -> float:
-    """The whole way within a process: queued, stored, delivered, acknowledged."""
-    keep = Retention(1000, 300)
-    with Case() as store:
-        store.users += 1
-        log = HostLog(store, lambda envelope: None)
-        log.attach("hub", lambda envelopes: None)
-        loop = asyncio.get_running_loop()
-        began = time.process_time()
-        for _ in range(turns):
-            done = loop.create_future()
-            left = [batch]
+async def publish(topic: str, batch: int) -> float:
+    """The whole way within a process: taken by the manager, stored if the topic has history, delivered, acknowledged.
 
-            def stored(result: object, left: list[int] = left, done: asyncio.Future[None] = done) -> None:
-                left[0] -= 1
-                if not left[0]:
-                    done.set_result(None)
+    So many messages in one turn of the loop, and a turn for each batch.
+    """
+    with tempfile.TemporaryDirectory(prefix="fw-bench-", dir=DIRECTORY) as directory:
+        config = Path(directory) / "hub.toml"
+        config.write_text('store_size = "1GiB"\n[topics."chat/#"]\nhistory_size = 1000\nhistory_ttl = 300\n')
+        os.environ["FLOCKWIRE_CONFIG"] = str(config)
+        topics = [f"{topic}/{number}" for number in range(batch)]
+        async with WebSocketManager("hub", f"ipc://{directory}/run") as manager:
+            assert manager.log is not None
+            manager.log.store.clock = Clock(STEP * batch)
+            told = 0
 
-            for number in range(batch):
-                log.publish(Envelope(TOPIC, "hub", f"chat/{number}", PAYLOAD), keep, stored)
-            await done
-        spent = time.process_time() - began
-        log.close()
-        return spent / (turns * batch) * 1e6
+            def tell(_: object) -> None:
+                nonlocal told
+                told += 1
+
+            async def turns(count: int) -> float:
+                nonlocal told
+                told = 0
+                began = time.process_time()
+                for _ in range(count):
+                    for each in topics:
+                        accepted = manager.publish_checked(each, PAYLOAD)
+                        if isinstance(accepted, Storing):
+                            accepted.when_done(tell)
+                        else:
+                            told += 1
+                    await asyncio.sleep(0)
+                spent = time.process_time() - began
+                assert told == count * batch, "each was stored within a turn"
+                return spent / (count * batch) * 1e6
+
+            await turns(WARM // batch)
+            return min([await turns(ROUNDS // batch // 10) for _ in range(10)])
 
 
 def recovery(messages: int) -> tuple[float, float]:
@@ -107,10 +160,28 @@ def recovery(messages: int) -> tuple[float, float]:
 
 def main() -> None:
     """Print all figures."""
-    print(f"append alone:            {append_alone():6.2f} us")
-    print(f"append in tens:          {append_batched():6.2f} us")
-    print(f"publish with history, 1: {asyncio.run(publish(1, ROUNDS)):6.2f} us")
-    print(f"publish in tens:         {asyncio.run(publish(10, ROUNDS // 10)):6.2f} us")
+    rows: dict[str, Callable[[int], float]] = {
+        "toy": toy,
+        "append": append,
+        "publish without": lambda batch: uvloop.run(publish("plain", batch)),
+        "publish with history": lambda batch: uvloop.run(publish("chat", batch)),
+    }
+    for batch, name in ((1, "alone"), (10, "in tens")):
+        best = dict.fromkeys(rows, 1e9)
+        for _ in range(PASSES):
+            for row, measure in rows.items():
+                best[row] = min(best[row], measure(batch))
+        reference, without = best["toy"], best["publish without"]
+        more = best["publish with history"] - without
+        print(f"{name}")
+        print(f"  toy                   {reference:6.2f} us")
+        print(
+            f"  append                {best['append']:6.2f} us   {best['append'] / reference:.2f} x the toy"
+        )
+        print(f"  publish without       {without:6.2f} us")
+        print(
+            f"  publish with history  {without + more:6.2f} us   {more:.2f} more, {more / reference:.2f} x the toy"
+        )
     topic, pattern = recovery(1_000_000)
     print(f"recovery of 100 out of a million: {topic:.3f} ms by topic, {pattern:.3f} ms by pattern")
 

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import zmq
 
@@ -242,6 +242,17 @@ class Bus:
         elif not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._end_of_turn)
+
+    def publish_stored(self, envelopes: Iterable[Envelope]) -> None:
+        """As :meth:`publish`, and it leaves now; what cannot be taken the others find in the log."""
+        scheduled, self._flush_scheduled = self._flush_scheduled, True
+        for envelope in envelopes:
+            try:
+                self.publish(envelope)
+            except Exception as error:
+                logger.debug("offset %d did not go over the bus: %r", envelope.offset, error)
+        self._flush_scheduled = scheduled
+        self._flush()
 
     def _end_of_turn(self) -> None:
         self._flush_scheduled = False

@@ -37,20 +37,42 @@ _MAX_KEPT_BYTES = 16 << 20
 Done = Callable[[Position | StoreError], None]
 
 
+_new = tuple.__new__  # a named tuple's own constructor is a function in Python
+
+
+class Publication:
+    """A message on its way into the log, and who is told of it."""
+
+    __slots__ = ("done", "envelope", "log")
+
+    def __init__(self, envelope: Envelope, done: Done, log: HostLog) -> None:
+        self.envelope = envelope
+        self.done = done
+        self.log = log
+
+    def __call__(self, result: Any) -> None:
+        """It was stored alone, or was not."""
+        if isinstance(result, StoreError):
+            self.done(result)
+        else:
+            self.log.stored((self,), (result,))
+
+
 class HostLog:
     """One per peer whose rules give history to any topic.
 
     Args:
         store: open; it is closed by :meth:`close`.
-        send: gives an envelope to the other processes.
+        send: gives envelopes to the other processes; raises nothing.
     """
 
-    def __init__(self, store: Store, send: Callable[[Envelope], None]) -> None:
+    def __init__(self, store: Store, send: Callable[[Sequence[Envelope]], None]) -> None:
         self.store = store
         self.epoch = store.epoch
         self._loop = asyncio.get_running_loop()
         self._send = send
         self.appender = Appender(store, self._loop)
+        self.appender.together = (Publication, self.stored)
         self.appender.start_maintenance()
         self.scanned = store.top()
         """Up to here everything was delivered in this process, or did not concern it."""
@@ -95,28 +117,27 @@ class HostLog:
             StoreBusy: too much waits already; ``done`` will not be called.
             StoreError: the store is closed.
         """
-        entry = Entry(
-            envelope.channel, envelope.topic, envelope.data, retention, idempotency_key, info=envelope.info
+        self.appender.append(
+            Entry(envelope.channel, envelope.topic, envelope.data, retention, idempotency_key, envelope.info),
+            Publication(envelope, done, self),
         )
 
-        def stored(result: Any) -> None:
-            if isinstance(result, StoreError):
-                done(result)
-                return
+    def stored(self, publications: Sequence[Publication], results: Sequence[Any]) -> None:
+        """Deliver what was committed together, send it, then tell who published."""
+        fresh = []
+        for publication, result in zip(publications, results, strict=True):
             if not result.duplicate:
+                envelope = publication.envelope
                 envelope.offset = result.offset
-                self._arrived((envelope,))
-                self._hand_over(envelope)
-            done(Position(result.offset, self.epoch))
-
-        self.appender.append(entry, stored)
-
-    def _hand_over(self, envelope: Envelope) -> None:
-        try:
-            self._send(envelope)
-        except Exception as error:
-            # It is stored, and so acknowledged; the others find it in the log.
-            logger.debug("offset %d did not go over the bus: %r", envelope.offset, error)
+                fresh.append(envelope)
+        if fresh:
+            self._arrived(fresh)
+            self._send(fresh)
+        for publication, result in zip(publications, results, strict=True):
+            try:
+                publication.done(_new(Position, (result.offset, self.epoch)))
+            except Exception:
+                logger.exception("a callback of a publisher failed")
 
     # In --------------------------------------------------------------------------------------------------------
 
@@ -126,7 +147,7 @@ class HostLog:
         if not self._kept and self._target == scanned and envelopes[0].offset == scanned + 1:
             if len(envelopes) == 1:
                 self.scanned = self._target = scanned + 1
-                self._deliver(envelopes)
+                self._deliver_run(envelopes)
                 return
             if all(envelope.offset == scanned + 1 + place for place, envelope in enumerate(envelopes)):
                 self.scanned = self._target = scanned + len(envelopes)
@@ -218,13 +239,18 @@ class HostLog:
         start = 0
         for place in range(1, len(envelopes) + 1):
             if place == len(envelopes) or envelopes[place].channel != envelopes[start].channel:
-                deliver = self._receivers.get(envelopes[start].channel)
-                if deliver is not None:
-                    try:
-                        deliver(list(envelopes[start:place]))
-                    except Exception:
-                        logger.exception("a receiver of channel %r failed", envelopes[start].channel)
+                self._deliver_run(envelopes[start:place])
                 start = place
+
+    def _deliver_run(self, envelopes: Sequence[Envelope]) -> None:
+        """Envelopes of one channel."""
+        channel = envelopes[0].channel
+        deliver = self._receivers.get(channel)
+        if deliver is not None:
+            try:
+                deliver(list(envelopes))
+            except Exception:
+                logger.exception("a receiver of channel %r failed", channel)
 
     # Reading ---------------------------------------------------------------------------------------------------
 

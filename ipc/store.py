@@ -8,8 +8,9 @@ This is the synchronous core, called on the event loop's thread. It never waits 
 begun only under the append lock, and when that is held elsewhere the answer is `StoreBusy` at once.
 ``store_append.py`` has the queue, the batches and the retries. Where things are: ``store_core.py`` opening, locking,
 committing, the bound on the size; ``store_records.py`` what is stored and its bytes; ``store_window.py`` a topic's
-record; ``store_writer.py`` changes; ``store_reader.py`` recovery; ``store_presence.py`` presence; ``store_files.py``
-the files.
+record; ``store_writer.py`` appends, on ``store_changes.py`` a transaction, ``store_fold.py`` how the log gets into the
+topics' records, ``store_upkeep.py`` what leaves; ``store_reader.py`` recovery, ``store_topic.py`` one topic;
+``store_presence.py`` presence; ``store_files.py`` the files.
 
 Rules: a Store is opened after the fork, never used in a forked child, and one process has one per directory
 (`Store.open` counts). Presence belongs to the runtime directory's store even where ``--data-dir`` has the history: it
@@ -24,7 +25,7 @@ from ipc import store_presence as presence
 from ipc.store_core import StoreCore, StoreStats
 from ipc.store_files import default_store_size
 from ipc.store_presence import Present
-from ipc.store_reader import Scan, Steps, history_offsets, offsets_after, read_entry, read_top, read_window
+from ipc.store_reader import Scan, Steps, read_top
 from ipc.store_records import (
     Entry,
     EntryTooLarge,
@@ -42,8 +43,8 @@ from ipc.store_records import (
     log_key,
     number,
     stored_entry,
-    topic_key,
 )
+from ipc.store_topic import history_offsets, read_entry, read_window
 
 __all__ = [
     "Entry",
@@ -98,27 +99,11 @@ class Store(StoreCore):
         with self._read() as txn:
             return read_entry(txn, offset)
 
-    def between(self, channel: str, topic: str, after: int, before: int) -> list[StoredEntry]:
-        """The entries of a topic with ``after`` < offset < ``before`` that are still kept, in order.
-
-        For a worker that was sent an entry whose previous one it has not seen.
-        """
-        found = []
-        with self._read() as txn:
-            window = read_window(txn, topic_key(channel, topic))
-            for offset in offsets_after(txn, window, after) if window is not None else ():
-                if offset >= before:
-                    break
-                entry = read_entry(txn, offset)
-                if entry is not None:
-                    found.append(entry)
-        return found
-
     def read_since(self, offset: int, limit: int = 1000, limit_bytes: int = 4 << 20) -> LogSlice:
         """The host's log after an offset, all channels and topics, at most ``limit`` entries and ``limit_bytes``.
 
-        For a worker that catches up: ``scanned`` is where to go on; it is ``top`` when all was read. Entries that are
-        too old but not yet removed are among them: they were promised when they were acknowledged.
+        For a worker that catches up: ``scanned`` is where to go on; it is ``top`` when all was read. Entries that have
+        left their topic's window are among them for `GRACE_MS`: they were promised when they were acknowledged.
         """
         found: list[StoredEntry] = []
         with self._read() as txn:
@@ -204,7 +189,7 @@ class Store(StoreCore):
         found: list[StoredEntry] = []
         with self._read() as txn:
             top = read_top(txn)
-            window = read_window(txn, topic_key(channel, topic))
+            window = read_window(txn, channel, topic)
             if window is None:
                 return History(found, top, 0, self.epoch)
             offsets = history_offsets(txn, window, int(self.clock() * 1000), since and since[1], reverse)

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from ipc.store import RECOVERY_BYTES, Entry, Position, Recovery, Store, StoreBusy, StoreError, StoreFull
@@ -66,6 +67,8 @@ class Appender:
         self._flush_handle: asyncio.Handle | None = None
         self._maintenance: asyncio.TimerHandle | None = None
         self._closed = False
+        self.together: tuple[type[Any], Callable[[Any, list[Any]], None]] = (type(None), _nobody)
+        """A type of callbacks, and who is to be called once for many of them with their results, in order."""
 
     @property
     def waiting(self) -> int:
@@ -80,11 +83,19 @@ class Appender:
         Raises:
             StoreBusy: too much waits already; ``done`` will not be called.
         """
-        self._add((entry, done, len(entry.data) + len(entry.info) + len(entry.tags)))
+        queue = self._queue
+        size = len(entry.data) + len(entry.info) + len(entry.tags)
+        if not queue and not self._closed:
+            self.waiting_bytes = size
+            queue.append((entry, done, size))
+            if self._flush_handle is None:
+                self._flush_handle = self._loop.call_soon(self._flush)
+        else:
+            self._add(entry, done, size)
 
     def write(self, work: Callable[[Writer], Any], done: Done) -> None:
         """As :meth:`append` for any other change: ``work`` runs inside the transaction, ``done`` gets its result."""
-        self._add((work, done, _WORK_BYTES))
+        self._add(work, done, _WORK_BYTES)
 
     def append_future(self, entry: Entry) -> asyncio.Future[Position]:
         """As :meth:`append`, as a future."""
@@ -112,15 +123,14 @@ class Appender:
         except StoreError as error:
             future.set_exception(error)
 
-    def _add(self, item: _Item) -> None:
+    def _add(self, what: Entry | Callable[[Writer], Any], done: Done, size: int) -> None:
         if self._closed:
             raise StoreError("the store is closed")
         queue = self._queue
-        size = item[2]
         if len(queue) >= self._max_waiting or (queue and self.waiting_bytes + size > self._max_bytes):
             raise StoreBusy(f"{len(queue)} messages already wait for the store ({self.waiting_bytes} bytes)")
         self.waiting_bytes += size
-        queue.append(item)
+        queue.append((what, done, size))
         if self._flush_handle is None:
             self._flush_handle = self._loop.call_soon(self._flush)
 
@@ -128,20 +138,23 @@ class Appender:
 
     def _flush(self) -> None:
         self._flush_handle = None
-        batch = self._take()
+        queue = self._queue
+        if len(queue) <= _BATCH and self.waiting_bytes <= _BATCH_BYTES:
+            batch = list(queue)
+            queue.clear()
+            self._taken += len(batch)
+            self.waiting_bytes = 0
+        else:
+            batch = self._take()
         try:
-            results = self.store.transact(lambda writer: _run(batch, writer))
+            results = self.store.transact(partial(_run, batch))
         except StoreBusy as error:
             self._busy(batch, error)
             return
         except Exception as error:
             self._one_by_one(batch, error)
         else:
-            for item, result in zip(batch, results, strict=True):
-                try:
-                    item[1](result)
-                except Exception:
-                    _log.exception("a callback of the store's queue failed")
+            self._tell_all(batch, results)
         if not self._queue:
             self._tries.clear()
         elif self._flush_handle is None:
@@ -150,13 +163,7 @@ class Appender:
     def _take(self) -> list[_Item]:
         """Take from the queue what one transaction can hold without stopping the loop for long."""
         queue = self._queue
-        if len(queue) <= _BATCH and self.waiting_bytes <= _BATCH_BYTES:
-            batch = list(queue)
-            queue.clear()
-            self._taken += len(batch)
-            self.waiting_bytes = 0
-            return batch
-        batch = []
+        batch: list[_Item] = []
         size = 0
         while queue and len(batch) < _BATCH and (not batch or size + queue[0][2] <= _BATCH_BYTES):
             item = queue.popleft()
@@ -205,6 +212,20 @@ class Appender:
                         self._tell(each, own_error)
                     return
                 result = _failure(own_error)
+            self._tell(item, result)
+
+    def _tell_all(self, batch: list[_Item], results: list[Any]) -> None:
+        """Tell everybody whose write was committed in one transaction; runs of one kind together."""
+        kind, tell = self.together
+        dones = []
+        for item in batch:
+            if type(item[1]) is not kind:
+                break
+            dones.append(item[1])
+        else:
+            tell(dones, results)
+            return
+        for item, result in zip(batch, results, strict=True):
             self._tell(item, result)
 
     def _tell(self, item: _Item, result: object) -> None:
@@ -263,7 +284,14 @@ async def recover(
 
 def _run(batch: list[_Item], writer: Writer) -> list[Any]:
     append = writer.append
-    return [append(what) if type(what) is Entry else what(writer) for what, _, _ in batch]  # type: ignore[operator]
+    results = []
+    for what, _, _ in batch:
+        results.append(append(what) if type(what) is Entry else what(writer))  # type: ignore[operator]
+    return results
+
+
+def _nobody(dones: Any, results: list[Any]) -> None:
+    pass
 
 
 def _failure(error: Exception) -> Exception:

@@ -1,43 +1,48 @@
 """One write transaction of the store, seen from inside: what every change is made of.
 
-Stands below ``store_upkeep.py`` and ``store_writer.py``; ``store_core.py`` holds the append lock, begins and ends. It
-knows the host's last offset and the clock, removes entries from the log, and sweeps.
+Stands below ``store_fold.py``; ``store_core.py`` holds the append lock, begins and ends. It knows the host's last
+offset and the clock, and removes entries from the log.
 
-The entry that a new one pushes out of its window is not deleted at once, which would touch another page of the log
-with each append: the new entry names it (``killed``), and at every 64th offset the transaction that reaches it deletes
-what the last 64 have named. A process that was alone since then still knows; otherwise the entries are read.
+What leaves a window is not deleted at once. A worker that the bus has not told of an entry reads it from the log, and
+with a window of one entry it would be gone with the next message: so what was pushed out stays for `GRACE_MS`, for
+workers that catch up and nobody else (recovery and history go by the windows), unless it takes more than an eighth of
+the store. A *mark* lists what a transaction has pushed out; deleting dozens at once is cheaper, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ipc.store_records import (
     CHUNK,
+    GRACE,
     LOG,
-    LOG_KILLED,
     LOG_TIME,
     STATE_KEY,
-    ZERO,
     StoreState,
-    is_tombstone,
     log_key,
     number,
     tombstone,
 )
-from ipc.store_window import unpack_offsets
 
 if TYPE_CHECKING:
     from lmdb import Transaction
 
-SWEEP_EVERY = 64
+GRACE_MS = 5_000
+"""How long an entry stays readable for workers that catch up after it has left its topic's window, in milliseconds."""
+GRACE_SHARE = 8
+"""What stays that long takes at most this part of the store."""
+
+_MARK = struct.Struct(">QQ")  # time, bytes of the log when it was written, counted from anywhere
 
 
 class Changes:
     """The changes of one transaction. One object per process, used for one transaction after the other."""
+
+    txn: Transaction[bytes]
 
     def __init__(self) -> None:
         self.top = 0
@@ -46,56 +51,17 @@ class Changes:
         """The time of this transaction in milliseconds; never before that of the last entry."""
         self.added = 0
         """Bytes appended since the caller last set it to 0."""
-        self.swept = False
-        """A multiple of `SWEEP_EVERY` was reached: a good time to look at the space in use."""
         self.removed = 0
         """Bytes removed since the caller last set it to 0."""
-        self._expected = -1
+        self.max_grace = 1 << 30
+        """The most bytes of what has left its window and is still there."""
+        self._victims: list[bytes] = []
+        """Offsets to be deleted from the log when their grace is over."""
+        self._passed = 0
+        """Bytes that went into the log since the last mark."""
         self._last_time = 0
-        # What the entries after `_known_since` have pushed out, and tombstones: to be deleted at the next sweep.
-        self._known_since = 0
-        self._killed: list[bytes] = []
-        self._dead: list[bytes] = []
+        self._time8 = b""
         self._state: StoreState | None = None
-        self._log_put: Callable[..., bool] | None = None
-
-    # The transaction -------------------------------------------------------------------------------------------
-
-    def begin(self, txn: Transaction[bytes], txn_id: int, now: int) -> None:
-        """Enter a transaction with this number. ``now``: milliseconds since 1970."""
-        self.txn = txn
-        self._get = txn.get
-        self._put = txn.put
-        self._delete = txn.delete
-        self._state = None
-        self._log_put = None
-        # What the last transaction left is still true unless another process has written since.
-        if self._expected != txn_id:
-            self._look_up_top()
-            self._known_since = self.top
-            self._killed.clear()
-            self._dead.clear()
-        self._expected = -1
-        # A clock that was set back must not disorder the log; one that was far ahead must not rule for ever.
-        if now < self._last_time <= now + 3_600_000:
-            now = self._last_time
-        self.now = now
-        self._time8 = now.to_bytes(8, "big")
-        self._top_before = self.top
-
-    def commit(self, txn_id: int) -> None:
-        """Commit the transaction."""
-        if self._state is not None:
-            self._put(STATE_KEY, msgspec.msgpack.encode(self._state))
-        self.txn.commit()
-        # A transaction that changed nothing leaves its number to the next one, so only an append proves anything.
-        if self.top != self._top_before:
-            self._last_time = self.now
-            self._expected = txn_id + 1
-
-    def _open_log(self) -> Callable[..., bool]:
-        self._log_put = put = self.txn.cursor().put
-        return put
 
     def _look_up_top(self) -> None:
         cursor = self.txn.cursor()
@@ -109,8 +75,12 @@ class Changes:
     def state(self) -> StoreState:
         """The store's state, to be changed in place; it is written at the end of the transaction."""
         if self._state is None:
-            self._state = msgspec.msgpack.decode(self._get(STATE_KEY, b""), type=StoreState)
+            self._state = msgspec.msgpack.decode(self.txn.get(STATE_KEY, b""), type=StoreState)
         return self._state
+
+    def _write_state(self) -> None:
+        if self._state is not None:
+            self.txn.put(STATE_KEY, msgspec.msgpack.encode(self._state))
 
     # The log ----------------------------------------------------------------------------------------------------
 
@@ -120,50 +90,83 @@ class Changes:
             return cursor.item()
         return None
 
-    def _take_piece(self, ident: int) -> list[int]:
+    def _take_piece(self, ident: int) -> bytes:
         found = self._first(CHUNK + ident.to_bytes(8, "big"))
         if found is None:
-            return []
-        self._delete(found[0])
-        return list(unpack_offsets(found[1]))
+            return b""
+        self.txn.delete(found[0])
+        return found[1]
 
     def _remove(self, offset: int) -> None:
-        """Delete an entry from the log, and the one that it was to take along at the next sweep."""
+        """Delete an entry from the log now."""
         key = log_key(offset)
-        value = self._get(key)
+        value = self.txn.get(key)
         if value is None:
             return
         self.removed += len(value) + 32
         if offset == self.top:
-            self._put(key, tombstone(value))
-            self._dead.append(key)
+            self.txn.put(key, tombstone(value))
+            self._victims.append(key[1:])
         else:
-            self._delete(key)
-        if value[LOG_KILLED] != ZERO:
-            self._delete(LOG + value[LOG_KILLED])
+            self.txn.delete(key)
 
-    def _sweep(self, offset: int) -> None:
-        """Delete what the last entries have pushed out of their windows, in order (neighbours share pages)."""
-        self.swept = True
-        if self._known_since >= offset - SWEEP_EVERY:
-            self._read_killed(offset)
-        for victim in sorted(self._killed):
-            self._delete(LOG + victim)
-        for key in self._dead:
-            self._delete(key)
-        self._known_since = offset - 1  # what may become of this entry will be known too
-        self._killed.clear()
-        self._dead.clear()
+    def _let_go(self, offsets: bytes) -> None:
+        """Delete entries from the log when their grace is over."""
+        self._victims += [offsets[place : place + 8] for place in range(0, len(offsets), 8)]
 
-    def _read_killed(self, offset: int) -> None:
-        """Find out what is to be swept where other processes have written too."""
-        self._killed.clear()
-        self._dead.clear()
+    # Grace ------------------------------------------------------------------------------------------------------
+
+    def _last_mark(self) -> tuple[bytes, bytes] | None:
         cursor = self.txn.cursor()
-        # One more than 64: the entry at the last sweep may have become a tombstone since.
-        if cursor.set_range(log_key(offset - SWEEP_EVERY)):
-            for key, value in cursor.iternext():
-                if value[LOG_KILLED] != ZERO:
-                    self._killed.append(value[LOG_KILLED])
-                if is_tombstone(value):
-                    self._dead.append(key)
+        after = bytes((GRACE[0] + 1,))
+        found = cursor.prev() if cursor.set_range(after) else cursor.last()
+        return cursor.item() if found and cursor.key()[:1] == GRACE else None
+
+    def _write_mark(self) -> None:
+        """Note what this transaction has pushed out."""
+        last = self._last_mark()
+        passed = self._passed + (_MARK.unpack_from(last[1])[1] if last is not None else 0)
+        self._passed = 0
+        key = GRACE + self.top.to_bytes(8, "big")
+        offsets = b"".join(sorted(self._victims))
+        self._victims.clear()
+        if last is not None and last[0] == key:
+            offsets = last[1][_MARK.size :] + offsets
+        self.txn.put(key, _MARK.pack(self.now, passed) + offsets)
+
+    def release(self, limit: int) -> int:
+        """Delete what has had its grace, at most so many marks; returns how many entries that were."""
+        done = 0
+        last = self._last_mark()
+        passed = _MARK.unpack_from(last[1])[1] if last is not None else 0
+        for _ in range(limit):
+            found = self._first(GRACE)
+            if found is None:
+                break
+            key, value = found
+            time, before = _MARK.unpack_from(value)
+            if abs(self.now - time) < GRACE_MS and passed - before <= self.max_grace:
+                break
+            if number(key) == self.top:
+                return done + self._release_last(key, value)
+            for place in range(_MARK.size, len(value), 8):
+                self.txn.delete(LOG + value[place : place + 8])
+            self.txn.delete(key)
+            done += (len(value) - _MARK.size) // 8
+        return done
+
+    def _release_last(self, key: bytes, value: bytes) -> int:
+        """Delete what the newest mark lists. The log's last entry, if among them, holds the sequence's place."""
+        last = key[1:]
+        done = 0
+        for place in range(_MARK.size, len(value), 8):
+            victim = value[place : place + 8]
+            if victim != last:
+                done += self.txn.delete(LOG + victim)
+            else:
+                self.txn.put(LOG + last, tombstone(self.txn.get(LOG + last, b"")))
+        if value[-8:] == last:
+            self.txn.put(key, value[: _MARK.size] + last)
+        else:
+            self.txn.delete(key)
+        return done

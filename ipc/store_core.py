@@ -22,7 +22,9 @@ from typing import Self, TypeVar
 import lmdb
 import msgspec
 
-from ipc.store_files import AppendLock, Files
+from ipc.store_changes import GRACE_SHARE
+from ipc.store_files import AppendLock, Files, Syncer
+from ipc.store_fold import FOLD_EVERY
 from ipc.store_reader import read_state, read_top
 from ipc.store_records import StoreBusy, StoreError, StoreFull, StoreState
 from ipc.store_writer import Writer
@@ -38,7 +40,6 @@ _SMALL = 4 << 20
 EVICT_ABOVE_IN_SMALL = 0.75
 _MAKE_ROOM_ROUNDS = 16
 _LARGE = 16_384
-_SYNC_SECONDS = 1.0
 # What reading raises where the bytes are not what was written.
 _DAMAGE = (UnicodeDecodeError, struct.error, msgspec.MsgspecError)
 
@@ -73,7 +74,6 @@ class StoreCore:
         self._debt = 0
         self._broken = False
         self._durable = durable
-        self._writer = Writer()
         self._lock = AppendLock(directory)
         try:
             self._lock.acquire_within(wait)
@@ -84,7 +84,7 @@ class StoreCore:
         except BaseException:
             self._lock.close()
             raise
-        self._syncer = _Syncer(lambda: self._files.sync(), directory) if durable else None
+        self._syncer = Syncer(lambda: self._files.sync(), directory) if durable else None
 
     @classmethod
     def open(
@@ -149,7 +149,9 @@ class StoreCore:
         """The name of this incarnation of the store; positions of another one cannot be recovered."""
         self.size = self._files.state.size
         """The bound in bytes."""
+        self._writer = Writer()
         self._writer.max_entry = self.size // 8
+        self._writer.max_grace = self.size // GRACE_SHARE
         with self._read():
             pass  # takes the reader slot now, so that later reads take no lock
 
@@ -169,34 +171,35 @@ class StoreCore:
         try:
             if self._forked:
                 raise StoreError("this store was opened before the fork and belongs to the parent process")
-            if not self._lock.acquire():
+            lock = self._lock
+            if not lock.acquire():
                 raise StoreBusy("another process is writing to the store")
             try:
-                return self._transact(work)
-            finally:
-                self._lock.release()
-        finally:
-            self.on_append_end()
-
-    def _transact(self, work: Callable[[Writer], T]) -> T:
-        try:
-            if self._broken:
-                self._reopen()
-            for _ in range(3):
+                if self._broken:
+                    self._reopen()
                 try:
                     result = self._attempt(work)
                 except lmdb.MapFullError:
-                    if not self._make_room():
-                        break
-                else:
-                    self.trouble = ""
-                    if self._syncer is not None:
-                        self._syncer.dirty = True
-                    return result
-        except lmdb.Error as error:
-            raise self._failure(error) from error
-        except _DAMAGE as error:
-            raise self._fail(StoreError, f"the store in {self.directory} is damaged: {error}") from error
+                    result = self._attempt_again(work)
+            except lmdb.Error as error:
+                raise self._failure(error) from error
+            except _DAMAGE as error:
+                raise self._fail(StoreError, f"the store in {self.directory} is damaged: {error}") from error
+            finally:
+                lock.release()
+        finally:
+            self.on_append_end()
+        self.trouble = ""
+        if self._syncer is not None:
+            self._syncer.dirty = True
+        return result
+
+    def _attempt_again(self, work: Callable[[Writer], T]) -> T:
+        for _ in range(2):
+            if not self._make_room():
+                break
+            with contextlib.suppress(lmdb.MapFullError):
+                return self._attempt(work)
         raise self._fail(
             StoreFull,
             f"the store's {self.size} bytes are used up (--store-size), and nothing more may be removed",
@@ -217,7 +220,9 @@ class StoreCore:
             txn_id = txn.id()
             writer.begin(txn, txn_id, int(self.clock() * 1000))
             result = work(writer)
-            if writer.swept or writer.added > _LARGE or self._debt:
+            if len(writer.pending) >= FOLD_EVERY:
+                writer.fold()
+            if writer.folded or writer.added > _LARGE or self._debt:
                 self._keep_below_bound(writer)
             writer.commit(txn_id)
         except BaseException:
@@ -245,12 +250,12 @@ class StoreCore:
 
     def _keep_below_bound(self, writer: Writer) -> None:
         """Let the oldest go when the store is nearly full: a bounded number now, the rest with the next appends."""
-        if writer.swept or writer.added > _LARGE:
+        if writer.folded or writer.added > _LARGE:
             used = _used(writer.txn)
             above = self._evict_above()
             below = above - EVICT_ABOVE + EVICT_BELOW
             self._debt = used - int(self.size * below) if used > self.size * above else 0
-            writer.swept = False
+            writer.folded = False
         writer.added = 0
         if self._debt > 0:
             removed = writer.evict(self._debt, self._evictions())
@@ -278,9 +283,16 @@ class StoreCore:
         def touch(writer: Writer) -> None:
             _ = writer.state  # is written again
 
+        def fold(writer: Writer) -> int:
+            writer.fold(limit)
+            return len(writer.pending)
+
         removed = 0
         with contextlib.suppress(lmdb.Error):
             self._env.reader_check()
+            # In small steps too, and before anything is evicted.
+            while self._attempt(fold):
+                removed += 1
             for _ in range(_MAKE_ROOM_ROUNDS):
                 try:
                     now = self._attempt(remove)
@@ -360,34 +372,6 @@ class _Reading:
             raise StoreError(f"the store cannot be read: {error}") from error
 
 
-class _Syncer:
-    """A thread that writes a store on disk through once a second, if something was committed."""
-
-    def __init__(self, sync: Callable[[], None], directory: str) -> None:
-        self.dirty = True
-        self._sync = sync
-        self._directory = directory
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flockwire-store-sync", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        stopped = False
-        while not stopped:
-            stopped = self._stop.wait(_SYNC_SECONDS)
-            if self.dirty:
-                self.dirty = False
-                try:
-                    self._sync()
-                except OSError as error:
-                    _log.error("the store in %s could not be written through: %s", self._directory, error)
-
-    def stop(self) -> None:
-        """Write through once more and end."""
-        self._stop.set()
-        self._thread.join()
-
-
 def _used(txn: lmdb.Transaction[bytes]) -> int:
     """Bytes of pages that hold something; free pages inside the file do not count."""
     stat = txn.stat()
@@ -407,6 +391,7 @@ def _after_fork() -> None:
     _registry_mutex = threading.Lock()
     for store in _registry.values():
         store._forked = True
+        store._lock.forget()
     _registry.clear()
 
 

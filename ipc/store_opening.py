@@ -25,7 +25,7 @@ async def open_log(peer: Peer) -> HostLog:
     Raises:
         RuntimeDirError: its store cannot be opened; the text says why.
     """
-    return HostLog(await open_store(peer), peer.publish)
+    return HostLog(await open_store(peer), peer.bus.publish_stored)
 
 
 async def open_store(peer: Peer) -> Store:

@@ -10,15 +10,13 @@ last one ended, so nothing has to stand still in between.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ipc.store_records import (
-    CHUNK,
     EMPTY,
     LOG,
     LOG_TIME,
@@ -29,13 +27,14 @@ from ipc.store_records import (
     StoreState,
     channel_key,
     is_tombstone,
+    join_name,
     log_key,
     number,
     stored_entry,
     topic_key,
     topic_name,
 )
-from ipc.store_window import OFFSETS, TRIMMED, Window, unpack_offsets
+from ipc.store_topic import completed, offsets_after, read_pending
 from ipc.topics import is_pattern, matches, prefix_run
 
 if TYPE_CHECKING:
@@ -57,80 +56,6 @@ def read_top(txn: Transaction[bytes]) -> int:
     """The host's last offset; 0 when nothing was ever stored."""
     cursor = txn.cursor()
     return number(cursor.key()) if cursor.last() and cursor.key()[:1] == LOG else 0
-
-
-def read_window(txn: Transaction[bytes], key: bytes) -> Window | None:
-    """The record of the topic with this key."""
-    record = txn.get(key)
-    return None if record is None else Window.decode(record)
-
-
-def read_entry(txn: Transaction[bytes], offset: int) -> StoredEntry | None:
-    """The entry at an offset, if the store still has it."""
-    value = txn.get(log_key(offset))
-    return None if value is None or is_tombstone(value) else stored_entry(offset, value)
-
-
-# The window of one topic ----------------------------------------------------------------------------------------
-
-
-def offsets_after(txn: Transaction[bytes], window: Window, offset: int) -> Iterator[int]:
-    """The offsets in a window that are greater than ``offset``, the oldest first."""
-    if window.head:
-        yield from window.head[bisect_right(window.head, offset) :]
-    if window.pieces and (not window.tail or offset < window.tail[0]):
-        prefix = CHUNK + window.ident.to_bytes(8, "big")
-        cursor = txn.cursor()
-        # The piece before the first that begins after the offset may hold it.
-        found = cursor.set_range(prefix + (offset + 1).to_bytes(8, "big"))
-        if (cursor.prev() if found else cursor.last()) and not cursor.key().startswith(prefix):
-            cursor.next()
-        for key, piece in cursor.iternext():
-            if not key.startswith(prefix):
-                break
-            offsets = unpack_offsets(piece)
-            yield from offsets[bisect_right(offsets, offset) :]
-    yield from window.tail[bisect_right(window.tail, offset) :]
-
-
-def offsets_before(txn: Transaction[bytes], window: Window, offset: int) -> Iterator[int]:
-    """The offsets in a window that are less than ``offset``, the newest first."""
-    yield from (each for each in reversed(window.tail) if each < offset)
-    if window.pieces:
-        prefix = CHUNK + window.ident.to_bytes(8, "big")
-        cursor = txn.cursor()
-        found = cursor.set_range(prefix + offset.to_bytes(8, "big"))
-        if cursor.prev() if found else cursor.last():
-            for key, piece in cursor.iterprev():
-                if not key.startswith(prefix):
-                    break
-                yield from (each for each in reversed(unpack_offsets(piece)) if each < offset)
-    yield from (each for each in reversed(window.head) if each < offset)
-
-
-def first_fresh(txn: Transaction[bytes], window: Window, now: int) -> int:
-    """The oldest offset of a window that is not too old; what comes before counts as trimmed."""
-    if not window.ttl_ms or window.first_time + window.ttl_ms > now:
-        return window.trimmed + 1
-    for offset in offsets_after(txn, window, window.trimmed):
-        value = txn.get(log_key(offset))
-        if value is not None and int.from_bytes(value[LOG_TIME], "big") + window.ttl_ms > now:
-            return offset
-    return window.top + 1
-
-
-def history_offsets(
-    txn: Transaction[bytes], window: Window, now: int, since: int | None, reverse: bool
-) -> Iterator[int]:
-    """The offsets of a topic's history after (``reverse``: before, newest first) ``since``, without the too old."""
-    fresh = first_fresh(txn, window, now)
-    if not reverse:
-        yield from offsets_after(txn, window, max(since or 0, fresh - 1))
-        return
-    for offset in offsets_before(txn, window, window.top + 1 if since is None else since):
-        if offset < fresh:
-            return
-        yield offset
 
 
 # Recovery -------------------------------------------------------------------------------------------------------
@@ -231,30 +156,33 @@ class Scan:
         return b""
 
     def _scan_topics(self, topics: list[tuple[bytes, str]], offset: int) -> Generator[None, None, bool]:
-        todo = STEP
-        for key, _ in topics:
-            after = offset
-            while True:
-                with self._begin() as txn:
-                    looked, more = self._scan_topic(txn, key, after, todo)
-                if looked < 0:
-                    return False
-                todo -= looked + 1
-                if more:
-                    after = more
-                if todo <= 0:
-                    todo = STEP
-                    yield
-                if not more:
-                    break
+        place = 0
+        after = offset
+        while place < len(topics):
+            todo = STEP
+            with self._begin() as txn:
+                pending = read_pending(txn)
+                while place < len(topics) and todo > 0:
+                    key, topic = topics[place]
+                    waiting = pending.get(join_name(self._channel, topic), b"")
+                    looked, more = self._scan_topic(txn, key, waiting, after, todo)
+                    if looked < 0:
+                        return False
+                    todo -= looked + 1
+                    after = more or offset
+                    place += not more
+            if todo <= 0:
+                yield
         return True
 
-    def _scan_topic(self, txn: Transaction[bytes], key: bytes, after: int, limit: int) -> tuple[int, int]:
+    def _scan_topic(
+        self, txn: Transaction[bytes], key: bytes, waiting: bytes, after: int, limit: int
+    ) -> tuple[int, int]:
         """Take the entries of one topic; returns how many (-1: something is missing) and where to go on, or 0."""
         record = txn.get(key)
-        if record is None or int.from_bytes(record[-8:], "big") <= after:
+        if record is None or int.from_bytes((waiting or record)[-8:], "big") <= after:
             return 0, 0  # nothing new: what was trimmed is older still
-        window = Window.decode(record)
+        window = completed(txn, record, waiting)
         if window.trimmed > after:
             return -1, 0
         checked = not window.ttl_ms
@@ -290,7 +218,7 @@ class Scan:
                 self._top = read_top(txn)
                 seen: dict[bytes, int] = {}
                 more = self._scan_piece(txn, offset, after, seen)
-                if more < 0 or not all(self._complete(txn, key, after, time) for key, time in seen.items()):
+                if more < 0 or not self._complete(txn, seen, after):
                     return False
                 after = more or self._top
                 if not more:
@@ -312,10 +240,11 @@ class Scan:
                 return number(key) - 1
             if is_tombstone(value):
                 continue
-            record_key = self._record_key(topic_name(value))
+            name = topic_name(value)
+            record_key = self._record_key(name)
             if record_key is None:
                 continue
-            seen.setdefault(record_key, int.from_bytes(value[LOG_TIME], "big"))
+            seen.setdefault(name, int.from_bytes(value[LOG_TIME], "big"))
             previous = int.from_bytes(value[:8], "big")
             if previous > start and previous != self._last.get(record_key):
                 return -1
@@ -334,13 +263,17 @@ class Scan:
             key = self._wanted[token] = self._prefix + token[end:] if wanted else None
             return key
 
-    def _complete(self, txn: Transaction[bytes], key: bytes, after: int, time: int) -> bool:
-        """Nothing that came after ``after`` was removed from the topic, nor is too old (``time``: of the first)."""
-        record = txn.get(key)
-        if record is None or int.from_bytes(record[TRIMMED:OFFSETS], "big") > after:
-            return False
-        ttl_ms = int.from_bytes(record[4:12], "big")
-        return not ttl_ms or time + ttl_ms > self._now
+    def _complete(self, txn: Transaction[bytes], seen: dict[bytes, int], after: int) -> bool:
+        """Nothing that came after ``after`` was removed from the topics, nor is too old (their first one's time)."""
+        pending = read_pending(txn) if seen else {}
+        for name, time in seen.items():
+            record = txn.get(self._record_key(name) or b"")
+            if record is None:
+                return False
+            window = completed(txn, record, pending.get(name, b""))
+            if window.trimmed > after or (window.ttl_ms and time + window.ttl_ms <= self._now):
+                return False
+        return True
 
     def _check_empty(self, txn: Transaction[bytes], checked: int) -> tuple[int, bool]:
         """Look at some topics that are empty; returns how far (-1: one has lost an entry) and whether that is all."""

@@ -8,12 +8,14 @@ Everything lies in one LMDB tree, because a transaction writes each page it has 
 ones. The first byte of a key tells what it is; the log comes last, so that appending to it fills its pages::
 
     a                           state: layout, epoch, floor, counters (StoreState)
+    b                           up to which offset the topics' records are written (store_fold.py), and their generation
     c <ident> <offset>          64 offsets of a long window that are not kept in the topic's record
     d <deadline> <ident>        when the oldest entry of a topic expires  -> key of the topic's record
     e <trimmed>                 an empty topic, by its highest offset     -> time it became empty, key of its record
     g <ident>                   a cleared long window, still to be deleted piece by piece
     i <digest>                  idempotency key                           -> offset, previous, time
     j <offset>                  the same in the order in which they expire -> digest
+    k <offset>                  what was pushed out of its window by then  -> time, bytes so far, offsets to delete
     p <channel> 0 <filter> 0 .. presence
     q <slot> <epoch> <digest>   presence by the peer it belongs to        -> key of the presence record
     t <channel> 0 <topic>       a topic's record: rule, window (store_window.py)
@@ -31,12 +33,12 @@ from typing import NamedTuple
 
 import msgspec
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of everything written below; a store with another one is moved aside at the start."""
 
-STATE_KEY = b"a"
-CHUNK, DUE, EMPTY, GARBAGE, IDEMPOTENT, IDEMPOTENT_ORDER, PRESENCE, PRESENCE_SLOT, TOPIC, LOG = (
-    bytes((letter,)) for letter in b"cdegijpqtz"
+STATE_KEY, FOLD_KEY = b"a", b"b"
+CHUNK, DUE, EMPTY, GARBAGE, IDEMPOTENT, IDEMPOTENT_ORDER, GRACE, PRESENCE, PRESENCE_SLOT, TOPIC, LOG = (
+    bytes((letter,)) for letter in b"cdegijkpqtz"
 )
 ZERO = bytes(8)
 
@@ -70,7 +72,7 @@ class UnrecoverablePosition(ValueError):
 class Retention:
     """How much of a topic is kept: at most ``size`` entries, none older than ``ttl`` seconds (0: no limit of age)."""
 
-    __slots__ = ("long_prefix", "prefix", "size", "ttl_ms")
+    __slots__ = ("rule", "size", "ttl_ms")
 
     def __init__(self, size: int, ttl: float = 0.0) -> None:
         if not 1 <= size <= 0xFFFFFFFF:
@@ -79,9 +81,8 @@ class Retention:
             raise ValueError(f"history_ttl is {ttl} seconds: 0 (no limit) to 100000000000 is allowed")
         self.size = size
         self.ttl_ms = int(ttl * 1000)
-        # The beginning of a topic's record with this rule, when its window lies in the record whole, and in pieces.
-        self.prefix = RULE.pack(size, self.ttl_ms, 0)
-        self.long_prefix = RULE.pack(size, self.ttl_ms, 1)
+        self.rule = RULE.pack(size, self.ttl_ms)
+        """The beginning of a topic's record with this rule."""
 
 
 class Entry(msgspec.Struct, gc=False):
@@ -170,14 +171,12 @@ class StoreState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 # The log --------------------------------------------------------------------------------------------------------
 
 _LENGTHS = struct.Struct(">BBHII")  # flags, topic, channel, info, tags
-_LOG = struct.Struct(">QQQBBHII")  # previous, time, killed, and the above
+_LOG = struct.Struct(">QQBBHII")  # previous, time, and the above
 LOG_HEADER = _LOG.size
 LOG_TIME = slice(8, 16)
-LOG_KILLED = slice(16, 24)
-"""The entry this one pushed out of its window: no longer counted, to be deleted at the next sweep."""
 _DEAD = 1
 
-RULE = struct.Struct(">IQI")  # size, ttl in ms, 0 when the whole window lies in the record
+RULE = struct.Struct(">IQ")  # size, ttl in ms
 
 
 def lengths(channel: bytes, topic: bytes, info: bytes, tags: bytes) -> bytes:
@@ -188,18 +187,24 @@ def lengths(channel: bytes, topic: bytes, info: bytes, tags: bytes) -> bytes:
 def tombstone(value: bytes) -> bytes:
     """What stays of the log's last entry when it is deleted: it still says how far the sequence and the clock are."""
     previous, time, *_ = _LOG.unpack_from(value)
-    return _LOG.pack(previous, time, 0, _DEAD, 0, 0, 0, 0)
+    return _LOG.pack(previous, time, _DEAD, 0, 0, 0, 0)
 
 
 def is_tombstone(value: bytes | memoryview) -> bool:
     """Tell whether an entry of the log is a :func:`tombstone`."""
-    return bool(value[24] & _DEAD)
+    return bool(value[16] & _DEAD)
 
 
 def topic_name(value: bytes | memoryview) -> bytes:
     """Channel and topic of a log entry, as a token that is equal for entries of the same topic."""
-    end = LOG_HEADER + value[25] + int.from_bytes(value[26:28], "big")
-    return bytes(value[25:28]) + bytes(value[LOG_HEADER:end])
+    end = LOG_HEADER + value[17] + int.from_bytes(value[18:20], "big")
+    return bytes(value[17:20]) + bytes(value[LOG_HEADER:end])
+
+
+def join_name(channel: str, topic: str) -> bytes:
+    """The token of :func:`topic_name`, from channel and topic."""
+    first, second = channel.encode(), topic.encode()
+    return _LENGTHS.pack(0, len(second), len(first), 0, 0)[1:4] + first + second
 
 
 def split_name(token: bytes) -> tuple[str, str]:
@@ -210,7 +215,7 @@ def split_name(token: bytes) -> tuple[str, str]:
 
 def stored_entry(offset: int, value: bytes) -> StoredEntry:
     """Take a log entry apart."""
-    previous, time, _, _, topic_size, channel_size, info_size, tags_size = _LOG.unpack_from(value)
+    previous, time, _, topic_size, channel_size, info_size, tags_size = _LOG.unpack_from(value)
     topic = LOG_HEADER + channel_size
     info = topic + topic_size
     if not info_size and not tags_size:

@@ -248,10 +248,10 @@ async def say(client: ClientConnection, **message: Any) -> None:
 
 
 async def acked(client: ClientConnection, ack: Any = 1, **message: Any) -> Any:
-    """Send with an ack and wait for it; what else arrives before it is an error of the test."""
+    """Send with an ack and wait for it; what else arrives before it, or an error instead, is an error of the test."""
     await say(client, ack=ack, **message)
     answer = await read_json(client)
-    assert answer.get("ack") == ack, answer
+    assert (answer.get("type"), answer.get("ack")) == ("ack", ack), answer
     return answer
 
 

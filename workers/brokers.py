@@ -177,7 +177,9 @@ class DirectBroker(BrokerInterface):
 
 def _hand(channels: dict[str, list[_Member]], channel: str, envelopes: Sequence[Envelope]) -> None:
     members = channels.get(channel)
-    if members:
+    if members and len(members) == 1 and members[0].anywhere:
+        members[0].deliver(envelopes)
+    elif members:
         here = running_loop()
         for member in tuple(members):
             member.hand(envelopes, here)

@@ -8,8 +8,8 @@ Centrifuge protocol, Server-Sent Events, clients that want envelopes.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from ipc.envelope import JOIN, LEAVE, TOPIC, Envelope
@@ -74,7 +74,7 @@ class Keeping:
         if peer is not None:
             self._log = peer.log
             self._log_loop = asyncio.get_running_loop()
-            self._log_thread = threading.get_ident()
+            self._log_thread = get_ident()
             if peer.presence is not None:
                 peer.presence.attach(self.broker_channel, self._tell_presence)
 
@@ -119,8 +119,11 @@ class Keeping:
     def _store(self, envelope: Envelope, retention: Retention, idempotency_key: str = "") -> Storing:
         """Store a message, and then deliver it everywhere."""
         storing = Storing(envelope.topic)
-        if self._log_thread == threading.get_ident():
-            self._store_here(envelope, retention, idempotency_key, storing)
+        if self._log_thread == get_ident() and self._log is not None:
+            try:
+                self._log.publish(envelope, retention, storing.finish, idempotency_key)
+            except StoreError as error:
+                storing.finish(error)
         elif self._log_loop is not None:
             # A thread of the application's, in which an endpoint without "async" runs.
             self._log_loop.call_soon_threadsafe(
@@ -198,7 +201,7 @@ class Keeping:
 
     def _catch_up(self) -> None:
         """Deliver what was stored so far before somebody new subscribes, who shall get what comes from now on."""
-        if self._log is not None and self._log_thread == threading.get_ident():
+        if self._log is not None and self._log_thread == get_ident():
             self._log.catch_up()
 
     def unlisten(self, pattern: str, receiver: Receiver) -> None:
@@ -210,7 +213,7 @@ class Keeping:
 
     def _deliver_to_receivers(self, envelopes: Sequence[Envelope]) -> None:
         fanout = self._fanout
-        if fanout is not None and fanout.thread != threading.get_ident():
+        if fanout is not None and fanout.thread != get_ident():
             if not fanout.loop.is_closed():
                 fanout.loop.call_soon_threadsafe(self._deliver_to_receivers, envelopes)
             return

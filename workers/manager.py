@@ -378,7 +378,7 @@ class WebSocketManager(Keeping):
 
     def _post_or_store(self, envelope: Envelope) -> Accepted:
         """Where any topic has history, what clients publish goes this way."""
-        retention = self._retention(envelope.topic)
+        retention = self.rules.retention(envelope.topic)
         return (
             self._transport.publish(envelope, False)
             if retention is None

@@ -41,23 +41,26 @@ class Storing(Accepted):
     __slots__ = ("_callbacks", "_result", "_topic")
 
     def __init__(self, topic: str) -> None:
-        super().__init__()
+        self._wait = None
         self._topic = topic
         self._result: Result | None = None
-        self._callbacks: list[Callable[[Result], None]] = []
+        self._callbacks: list[Callable[[Result], None]] | None = None
 
     def finish(self, result: Result) -> None:
         """It was stored, or was not."""
         self._result = result
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(result)
-        if not callbacks and isinstance(result, StoreError):
+        callbacks, self._callbacks = self._callbacks, None
+        if callbacks:
+            for callback in callbacks:
+                callback(result)
+        elif isinstance(result, StoreError):
             logger.warning("a message to %r was not stored, and so not delivered: %s", self._topic, result)
 
     def when_done(self, callback: Callable[[Result], None]) -> None:
         """Call back with its position or the error, from the loop, or at once if it is known."""
         if self._result is None:
+            if self._callbacks is None:
+                self._callbacks = []
             self._callbacks.append(callback)
         else:
             callback(self._result)

@@ -288,6 +288,38 @@ const scenarios = {
     check(mute.texts.some((text) => text.split('\n').includes('{}')), 'it was pinged');
   },
 
+  async restart() {
+    // The hub is restarted while one client is away and another one stays: what its new store can recover, it says.
+    const kept = process.argv[4] === 'kept';
+    const [away, stays] = [client(url), client(url)];
+    const logs = [];
+    for (const one of [away, stays]) logs.push((await subscribed(one, 'h/restart', position))[1]);
+    for (const number of [1, 2]) await stays.publish('h/restart', number);
+    for (const log of logs) await until(() => log.publications.length === 2, 'both');
+    away.disconnect();
+    await stays.publish('h/restart', 3);
+    await until(() => logs[1].publications.length === 3, 'the third, for who is there');
+    const connecting = once(stays, 'connecting', 30000);
+    console.log('ready');
+    await connecting;
+    await new Promise((resolve) => process.stdin.once('data', resolve));
+    away.connect();
+    for (const log of logs) {
+      await until(() => log.subscribed.length === 2, 'subscribed again', 30000);
+      const [before, after] = log.subscribed;
+      check(after.wasRecovering && after.recoverable, 'it asked for recovery');
+      check(after.recovered === kept, `recovered: ${after.recovered}`);
+      check((after.streamPosition.epoch === before.streamPosition.epoch) === kept, 'another store, another epoch');
+    }
+    if (kept) await until(() => logs[0].publications.length === 3, 'what was missed');
+    await stays.publish('h/restart', 'on');
+    for (const log of logs) await until(() => log.publications.at(-1).data === 'on', 'the client goes on');
+    const seen = logs.map((log) => log.publications.map(({ data, offset }) => `${offset}:${data}`).join(' '));
+    const on = kept ? '4:on' : '1:on';
+    check(seen[0] === (kept ? `1:1 2:2 3:3 ${on}` : `1:1 2:2 ${on}`), `who was away has ${seen[0]}`);
+    check(seen[1] === `1:1 2:2 3:3 ${on}`, `who was there has ${seen[1]}`);
+  },
+
   async drain() {
     // Stays connected while the hub reloads; the test reads what it says.
     const clients = Array.from({ length: 30 }, () => client(url, { minReconnectDelay: 100, maxReconnectDelay: 500 }));

@@ -57,6 +57,7 @@ class Model:
 
     def append(self, channel: str, topic: str, data: bytes, size: int, ttl: float, now: float) -> ModelEntry:
         found = self.topics.setdefault((channel, topic), ModelTopic(size, ttl))
+        found.drop(found.expired(now), now)
         found.size, found.ttl = size, ttl
         found.drop(found.expired(now), now)
         while len(found.kept) >= size:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from ipc.store import Entry, Position, Retention, Store
+from ipc.store_changes import GRACE_MS
 
 ROOT = Path(__file__).parent.parent.parent
 KEEP = Retention(100)
+GRACE = GRACE_MS / 1000
 
 
 class Clock:

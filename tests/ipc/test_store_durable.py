@@ -174,7 +174,7 @@ def test_a_few_pages_that_were_never_written_are_no_damage(tmp_path: Path) -> No
 def test_damage_inside_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
     with opened(tmp_path, store_size=SIZE) as store:
         put(store, "a", b"1")
-        nonsense = bytes(25) + b"\x02\x00\x02" + bytes(8) + b"\xff\xfe\xff\xfe"
+        nonsense = bytes(17) + b"\x02\x00\x02" + bytes(8) + b"\xff\xfe\xff\xfe"
         store.transact(lambda writer: writer.txn.put(b"z" + bytes(8), nonsense))
         with pytest.raises(StoreError, match="cannot be read"):
             store.get(0)
