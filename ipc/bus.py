@@ -42,7 +42,8 @@ STALE_HEARTBEAT = 1.0
 """Seconds without a heartbeat after which nobody waits for a peer at join and leave."""
 FLUSH_BYTES = 1024 * 1024
 """A turn that publishes more than this is sent in parts, so that the bound of the outboxes is seen in time."""
-
+LOOKS = 4
+"""So many turns after something has come in look for more at their end: mostly there is, and else it costs little."""
 
 _ENVELOPE_COST = 128
 """Bytes that an envelope without data counts for."""
@@ -94,6 +95,7 @@ class Bus:
         self._flush_at = min(FLUSH_BYTES, max(backlog, wire.BATCH_TARGET))
         self._flush_scheduled = False
         self._read_scheduled = False
+        self._looks = 0
         self._poll_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
@@ -231,11 +233,10 @@ class Bus:
             except ValueError:
                 federation.take_back(envelope)
                 raise
-        # Alone on the bus there is nobody to encode for, unless somebody comes before this turn ends.
-        elif self.outbound.links or not wire.is_surely_encodable(envelope):
-            self._turn.append((envelope, wire.encode(envelope)))
+        elif wire.is_surely_encodable(envelope):
+            self._turn.append((envelope, None))  # encoded if somebody turns out to want it
         else:
-            self._turn.append((envelope, None))
+            self._turn.append((envelope, wire.encode(envelope)))
         self._turn_bytes += len(envelope.data) + _ENVELOPE_COST
         if self._turn_bytes > self._flush_at:
             self._flush()
@@ -258,8 +259,9 @@ class Bus:
         self._flush_scheduled = False
         if self._open:
             self._flush()
-            if self.outbound.links:
+            if self._looks:
                 # What came in during a long turn goes out to clients together with what the turn has for them.
+                self._looks -= 1
                 self._on_inbox()
 
     def _flush(self) -> None:
@@ -319,7 +321,13 @@ class Bus:
 
     def _on_inbox(self) -> None:
         self._read_scheduled = False
-        if self._open and self.inbound.read() and not self._read_scheduled:
+        if not self._open:
+            return
+        before = self.inbound.received
+        more = self.inbound.read()
+        if self.inbound.received != before:
+            self._looks = LOOKS
+        if more and not self._read_scheduled:
             # The descriptor will not tell again of what is there already.
             self._read_scheduled = True
             self._loop.call_soon(self._on_inbox)

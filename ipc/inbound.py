@@ -104,6 +104,11 @@ class Inbound:
         """Hand on nothing more of a channel."""
         self._channels.pop(channel, None)
 
+    @property
+    def received(self) -> int:
+        """How many envelopes have come in."""
+        return self._signed[self._received_index]
+
     def read(self) -> bool:
         """Take in what is there, up to a turn's worth; True when more may be waiting."""
         if not self._readable():

@@ -27,14 +27,18 @@ WATCH_INTERVAL: Final = 0.25
 #: Bytes of frames that one turn may collect before they are written; bounds what a loop that never waits can owe.
 MAX_TURN_BYTES: Final = 512 * 1024
 
-_SHORT_HEADS: Final = tuple(bytes((0x81, size)) for size in range(126))
+#: The heads of text frames up to a size that most messages have.
+HEADS: Final = (
+    *(bytes((0x81, size)) for size in range(126)),
+    *(b"\x81\x7e" + size.to_bytes(2, "big") for size in range(126, 1024)),
+)
 
 
 def text_frame(payload: bytes) -> bytes:
     """One unmasked, unfragmented WebSocket text frame (RFC 6455 section 5.2) around UTF-8 ``payload``."""
     size = len(payload)
-    if size < 126:
-        return _SHORT_HEADS[size] + payload
+    if size < 1024:
+        return HEADS[size] + payload
     if size < 65536:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
@@ -52,6 +56,8 @@ class Run(msgspec.Struct, gc=False):
     policy: SlowPolicy
     topic: str
     frames: list[bytes]
+    data: bytes = b""
+    """All frames as the bytes of one write, once the turn has ended."""
 
 
 class Sink(Protocol):
@@ -138,6 +144,12 @@ class Fanout:
         self._runs = []
         self._last = None
         self._turn_bytes = 0
+        for run in runs:
+            frames, sinks = run.frames, len(run.targets)
+            data = run.data = frames[0] if len(frames) == 1 else b"".join(frames)
+            self.messages += len(frames)
+            self.deliveries += sinks * len(frames)
+            self.bytes += sinks * len(data)
         if len(runs) == 1:
             self._write_run(runs[0])
         else:
@@ -145,9 +157,9 @@ class Fanout:
 
     def _write_run(self, run: Run) -> None:
         """The only run of a turn: the same bytes for all."""
-        data = self._counted(run)
-        policy = run.policy
+        data, policy = run.data, run.policy
         size = len(data)
+        write = os.write
         for sink in run.targets:
             fd = sink.fd
             if fd < 0:
@@ -157,7 +169,7 @@ class Fanout:
                     sink.write_each(run.frames, policy, run.topic)
                 continue
             try:
-                sent = os.write(fd, data)
+                sent = write(fd, data)
             except OSError:
                 sent = 0  # full, or gone: the transport finds the same and acts on it
             if sent != size:
@@ -167,8 +179,7 @@ class Fanout:
         """Several runs: each client's are put together in sequence, so that it is written once."""
         touched: list[Sink] = []
         for run in runs:
-            data = self._counted(run)
-            policy = run.policy
+            data, policy = run.data, run.policy
             for sink in run.targets:
                 if policy != "close":
                     _write_pending(sink)
@@ -185,22 +196,20 @@ class Fanout:
                     pending.append(data)
                 else:
                     sink.pending = [pending, data]  # type: ignore[list-item]
+        write = os.write
         for sink in touched:
-            _write_pending(sink)
-
-    def _counted(self, run: Run) -> bytes:
-        """The frames of a run as one write, added to the sums."""
-        frames, sinks = run.frames, len(run.targets)
-        if len(frames) == 1:
-            data = frames[0]
-            self.messages += 1
-            self.deliveries += sinks
-        else:
-            data = b"".join(frames)
-            self.messages += len(frames)
-            self.deliveries += sinks * len(frames)
-        self.bytes += sinks * len(data)
-        return data
+            fd, pending = sink.fd, sink.pending
+            if fd < 0 or type(pending) is not bytes:
+                _write_pending(sink)
+                continue
+            # The usual case, without calls.
+            sink.pending = None
+            try:
+                sent = write(fd, pending)
+            except OSError:
+                sent = 0
+            if sent != len(pending):
+                sink.write_rest(memoryview(pending)[sent:], "close")
 
     def watch(self, sink: Sink) -> None:
         """Look at ``sink`` every :data:`WATCH_INTERVAL` until its ``overdue`` says there is no more need."""

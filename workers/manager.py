@@ -28,7 +28,7 @@ from workers.codes import SERVICE_RESTART, ErrorCode
 from workers.connection import Connection, check_conn_id
 from workers.context import current_settings
 from workers.errors import WebSocketException
-from workers.fanout import Fanout, SlowPolicy, current_fanout, text_frame
+from workers.fanout import HEADS, Fanout, SlowPolicy, current_fanout, text_frame
 from workers.keeping import Keeping
 from workers.message import Message
 from workers.plain import handle_message
@@ -431,16 +431,20 @@ class WebSocketManager(Keeping):
             self._deliver_elsewhere(envelopes)
             return
         policy = self._policy
+        before: str | None = None
+        targets: tuple[AnySink, ...] = ()
         for envelope in envelopes:
             kind = envelope.kind
             if kind == TOPIC:
                 topic = envelope.topic
-                targets = self._index.match(topic)
+                if topic != before:  # messages to one topic come in runs
+                    targets = self._index.match(topic)
+                    before = topic
                 if targets:
                     data = envelope.data
-                    fanout.send_frame(
-                        targets, text_frame(data), "close" if policy is None else policy(topic), topic
-                    )
+                    size = len(data)
+                    frame = HEADS[size] + data if size < len(HEADS) else text_frame(data)
+                    fanout.send_frame(targets, frame, "close" if policy is None else policy(topic), topic)
             elif kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)
             elif kind == DIRECT:

@@ -137,24 +137,13 @@ class WebSocketProtocol(LimitedProtocol):
     # --- in -----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        handler = self._handler
-        if handler is None or self._close is not None:
-            super().data_received(data)
-            return
-        if self._holds:
-            self._partial += data
-            return
-        if self._partial:
-            data, self._partial = self._partial + data, b""
-        if self._parsing:
-            if self._fragment_count or not self.is_between_frames():
-                self.parse(data)
-                return
-            self._parsing = False
-        self._read_frames(data, handler)
-
-    def _read_frames(self, data: bytes, handler: Handler) -> None:
         """The fast path: whole, final, unextended, masked text and binary frames (RFC 6455 section 5.2)."""
+        handler = self._handler
+        if handler is None or self._close is not None or self._holds or self._partial or self._parsing:
+            data = self._not_yet(data)
+            handler = self._handler
+            if not data or handler is None:
+                return
         at = 0
         end = len(data)
         max_size = self.config.ws_max_size
@@ -202,6 +191,23 @@ class WebSocketProtocol(LimitedProtocol):
             self.data_received(rest)
         else:
             self.parse(rest)
+
+    def _not_yet(self, data: bytes) -> bytes:
+        """Something stands before the fast path; returns what it may read nevertheless."""
+        if self._handler is None or self._close is not None:
+            super().data_received(data)
+            return b""
+        if self._holds:
+            self._partial += data
+            return b""
+        if self._partial:
+            data, self._partial = self._partial + data, b""
+        if self._parsing:
+            if self._fragment_count or not self.is_between_frames():
+                self.parse(data)
+                return b""
+            self._parsing = False
+        return data
 
     def take_message(self, data: bytes, is_text: bool) -> None:
         if self._handler is not None:
