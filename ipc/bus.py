@@ -20,7 +20,7 @@ import zmq
 
 from ipc import envelope as wire
 from ipc.board import Counter, SlotState
-from ipc.envelope import Envelope, FrameKind, Header
+from ipc.envelope import Envelope, FrameKind, Header, is_surely_encodable
 from ipc.inbound import Deliver, Inbound, TakeOver
 from ipc.interest import OwnInterest
 from ipc.outbound import Link, Outbound
@@ -233,7 +233,7 @@ class Bus:
             except ValueError:
                 federation.take_back(envelope)
                 raise
-        elif wire.is_surely_encodable(envelope):
+        elif is_surely_encodable(envelope):
             self._turn.append((envelope, None))  # encoded if somebody turns out to want it
         else:
             self._turn.append((envelope, wire.encode(envelope)))

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -246,7 +246,7 @@ class IpcBroker(DirectBroker):
             )
             self._gauges = Gauges(self.peer)
             self._loop = asyncio.get_running_loop()
-            self._thread = threading.get_ident()
+            self._thread = get_ident()
 
     async def disconnect(self) -> None:
         for channel in list(self._subscribed):
@@ -276,7 +276,7 @@ class IpcBroker(DirectBroker):
             self.channels()  # says that this broker is not connected
             return False
         bus = peer.bus
-        if threading.get_ident() != self._thread:
+        if get_ident() != self._thread:
             # A thread of the application's, in which an endpoint without "async" runs.
             self._loop.call_soon_threadsafe(bus.publish, envelope)
             return False

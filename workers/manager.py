@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from threading import get_ident
 from typing import Any, Final, TypeVar
 
 from starlette.websockets import WebSocket
@@ -427,7 +427,7 @@ class WebSocketManager(Keeping):
         fanout = self._fanout
         if fanout is None:
             return  # nobody has ever connected here
-        if self._scattered or fanout.thread != threading.get_ident():
+        if self._scattered or fanout.thread != get_ident():
             self._deliver_elsewhere(envelopes)
             return
         policy = self._policy
@@ -443,7 +443,7 @@ class WebSocketManager(Keeping):
                 if targets:
                     data = envelope.data
                     size = len(data)
-                    frame = HEADS[size] + data if size < len(HEADS) else text_frame(data)
+                    frame = HEADS[size] + data if size < 1024 else text_frame(data)
                     fanout.send_frame(targets, frame, "close" if policy is None else policy(topic), topic)
             elif kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)
@@ -467,7 +467,7 @@ class WebSocketManager(Keeping):
                     continue  # with all its connections; its thread's number may be another one's by now
                 policy = self.rules.slow_consumer(envelope.topic) if envelope.kind == TOPIC else "close"
                 send = functools.partial(fanout.send, tuple(sinks), envelope.data, policy, envelope.topic)
-                if fanout.thread == threading.get_ident():
+                if fanout.thread == get_ident():
                     send()
                 else:
                     fanout.loop.call_soon_threadsafe(send)

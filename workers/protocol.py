@@ -144,6 +144,30 @@ class WebSocketProtocol(LimitedProtocol):
             handler = self._handler
             if not data or handler is None:
                 return
+        end = len(data)
+        if end > 8 and data[0] == 0x81:
+            # The usual case, in few steps: one text frame and nothing else.
+            size = data[1] ^ 0x80
+            head = 6
+            if size == 126:
+                size = data[2] << 8 | data[3]
+                head = 8
+            elif size > 126:
+                size = -1  # 64 bits of length, or not masked
+            if size == end - head and size <= self.config.ws_max_size:
+                payload = apply_mask(data[head:], data[head - 4 : head])
+                if payload.isascii() or is_utf8(payload):
+                    traffic = self._traffic
+                    traffic.messages_in += 1
+                    traffic.bytes_in += size
+                    handler(payload, True)
+                else:
+                    self.fail(1007, "invalid UTF-8")
+                return
+        self._read_frames(data, handler)
+
+    def _read_frames(self, data: bytes, handler: Handler) -> None:
+        """All the frames that the fast path knows, one after the other."""
         at = 0
         end = len(data)
         max_size = self.config.ws_max_size

@@ -95,6 +95,7 @@ class DirectTransport:
     def __init__(self, broker: DirectBroker, channel: str) -> None:
         self.broker = broker
         self.channel = channel
+        self._to_others = broker.to_others
         self._deliver: Deliver | None = None
         self._members: Sequence[object] = ()
 
@@ -120,9 +121,10 @@ class DirectTransport:
 
     def post(self, envelope: Envelope) -> Accepted:
         """To everybody on the channel: the way of nearly every message."""
-        congested = self.broker.to_others(envelope)
-        if self._deliver is not None and len(self._members) == 1:
-            self._deliver((envelope,))
+        congested = self._to_others(envelope)
+        deliver = self._deliver
+        if deliver is not None and len(self._members) == 1:
+            deliver((envelope,))
         else:
             self.broker.hand_here(self.channel, (envelope,))
         return Accepted(self.broker.accepted) if congested else DONE

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,6 +84,26 @@ def test_byte_by_byte(loop: asyncio.Runner, stream: list[Sent]) -> None:
         data = b"".join(one.stream() for one in stream)
         w.feed(data, list(range(len(data))))
         assert w.messages == [one.message for one in stream]
+        w.end()
+
+    loop.run(main())
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 124, 125, 126, 127, 128, 131, 200, 300, 65_535, 65_536])
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_every_cut_of_one_frame(loop: asyncio.Runner, size: int, opcode: int) -> None:
+    """A head that says one thing about a chunk's length and another about the frame's shall mislead nobody."""
+
+    async def main() -> None:
+        w = await wire()
+        payload = bytes(65 + place % 26 for place in range(size))
+        data = frame(opcode, payload)
+        for cut in range(1, min(len(data), 400)):
+            del w.messages[:]
+            w.protocol.data_received(data[:cut])
+            w.protocol.data_received(data[cut:])
+            assert w.messages == [(payload, opcode == TEXT)], cut
+        assert not w.transport.closing
         w.end()
 
     loop.run(main())
