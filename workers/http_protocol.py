@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from workers.deadlines import Deadlines
 from workers.limited_protocol import nothing
 
+_UNKNOWN: Final = b"?"
 #: Key in a request's extensions that says that its response has no end.
 ENDLESS: Final = "flockwire.endless"
 #: Seconds from the connection, or from its first byte, to the end of a request's head.
@@ -26,6 +27,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with a deadline and a size for the request's head."""
+
+    _upgrade: bytes | None = _UNKNOWN
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head = True
         self._head_bytes = 0
+        self._upgrade = _UNKNOWN
         if self not in self._deadlines:
             self._deadlines.set(self)
         super().on_message_begin()
@@ -90,6 +94,12 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             raise ValueError("request head over the limit")  # the parser turns it into a 400
         super().on_headers_complete()
+
+    def _get_upgrade(self) -> bytes | None:
+        """uvicorn asks three times for each request, whose headers do not change."""
+        if self._upgrade is _UNKNOWN:
+            self._upgrade = super()._get_upgrade()
+        return self._upgrade
 
     def handle_websocket_upgrade(self) -> None:
         """The connection goes on as a WebSocket: its protocol gets the head that was read here."""

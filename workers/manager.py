@@ -97,6 +97,7 @@ class WebSocketManager(Keeping):
         self._fanout: Fanout | None = None
         self._scattered = False
         self._started = False
+        self._wants_broadcasts = False
         self._lock: asyncio.Lock | None = None
 
     # --- life -----------------------------------------------------------------------------------------
@@ -122,6 +123,7 @@ class WebSocketManager(Keeping):
                 if self._log is not None:
                     self._post = self._post_or_store
                 self._started = True
+                self._wants_broadcasts = False
                 for connection in self._connections:
                     self._want(connection)
 
@@ -248,7 +250,9 @@ class WebSocketManager(Keeping):
         return DONE
 
     def _want(self, connection: Connection) -> None:
-        self._transport.interest_add(InterestKind.CHANNEL, "")
+        if not self._wants_broadcasts:
+            self._wants_broadcasts = True
+            self._transport.interest_add(InterestKind.CHANNEL, "")
         self._transport.interest_add(InterestKind.CONN, connection.id)
         if connection.subscription_count:
             for pattern in connection.topics:
@@ -288,7 +292,9 @@ class WebSocketManager(Keeping):
         if connection.subscription_count:
             connection.topics.clear()
         self._forget_id(connection, connection.id)
-        self._transport.interest_discard(InterestKind.CHANNEL, "")
+        if not self._connections and self._wants_broadcasts:
+            self._wants_broadcasts = False
+            self._transport.interest_discard(InterestKind.CHANNEL, "")
         connection.owner = None
 
     def _forget_id(self, connection: Connection, conn_id: str) -> None:
