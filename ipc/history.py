@@ -54,8 +54,14 @@ class Publication:
         """It was stored alone, or was not."""
         if isinstance(result, StoreError):
             self.done(result)
-        else:
-            self.log.stored((self,), (result,))
+            return
+        log = self.log
+        if not result.duplicate:
+            self.envelope.offset = result.offset
+            alone = [self.envelope]
+            log.arrived(alone)
+            log.send(alone)
+        self.done(_new(Position, (result.offset, log.epoch)))
 
 
 class HostLog:
@@ -70,7 +76,7 @@ class HostLog:
         self.store = store
         self.epoch = store.epoch
         self._loop = asyncio.get_running_loop()
-        self._send = send
+        self.send = send
         self.appender = Appender(store, self._loop)
         self.appender.together = (Publication, self.stored)
         self.appender.start_maintenance()
@@ -98,7 +104,7 @@ class HostLog:
                 return
             if len(stored) < len(envelopes):
                 deliver([envelope for envelope in envelopes if not envelope.offset])
-            self._arrived(stored)
+            self.arrived(stored)
 
         return receive
 
@@ -125,23 +131,24 @@ class HostLog:
     def stored(self, publications: Sequence[Publication], results: Sequence[Any]) -> None:
         """Deliver what was committed together, send it, then tell who published."""
         fresh = []
-        for publication, result in zip(publications, results, strict=True):
+        for place, publication in enumerate(publications):
+            result = results[place]
             if not result.duplicate:
                 envelope = publication.envelope
                 envelope.offset = result.offset
                 fresh.append(envelope)
         if fresh:
-            self._arrived(fresh)
-            self._send(fresh)
-        for publication, result in zip(publications, results, strict=True):
+            self.arrived(fresh)
+            self.send(fresh)
+        for place, publication in enumerate(publications):
             try:
-                publication.done(_new(Position, (result.offset, self.epoch)))
+                publication.done(_new(Position, (results[place].offset, self.epoch)))
             except Exception:
                 logger.exception("a callback of a publisher failed")
 
     # In --------------------------------------------------------------------------------------------------------
 
-    def _arrived(self, envelopes: Sequence[Envelope]) -> None:
+    def arrived(self, envelopes: list[Envelope]) -> None:
         """Messages of the log, in the order of their publisher, some perhaps known already."""
         scanned = self.scanned
         if not self._kept and self._target == scanned and envelopes[0].offset == scanned + 1:
@@ -235,20 +242,20 @@ class HostLog:
             found.sort(key=_offset)
         return found
 
-    def _deliver(self, envelopes: Sequence[Envelope]) -> None:
+    def _deliver(self, envelopes: list[Envelope]) -> None:
         start = 0
         for place in range(1, len(envelopes) + 1):
             if place == len(envelopes) or envelopes[place].channel != envelopes[start].channel:
                 self._deliver_run(envelopes[start:place])
                 start = place
 
-    def _deliver_run(self, envelopes: Sequence[Envelope]) -> None:
+    def _deliver_run(self, envelopes: list[Envelope]) -> None:
         """Envelopes of one channel."""
         channel = envelopes[0].channel
         deliver = self._receivers.get(channel)
         if deliver is not None:
             try:
-                deliver(list(envelopes))
+                deliver(envelopes)
             except Exception:
                 logger.exception("a receiver of channel %r failed", channel)
 

@@ -231,14 +231,18 @@ class Outbound:
 
     # -- on the way ------------------------------------------------------------------------------------------------
 
+    def is_alone(self) -> bool:
+        """Nobody else is there, and nobody on other hosts is to be told."""
+        self.refresh()
+        return not self.links and self.federation is None
+
     def send(self, entries: Iterable[tuple[Envelope, bytes | None]]) -> None:
         """Send envelopes (with their encoded form, when there is one yet) to whom they concern, in this order."""
-        self.refresh()
+        if self.is_alone():
+            return
         touched: dict[Key, Link] = {}
         known = self._routes.get
         federation = self.federation
-        if not self.links and federation is None:
-            return  # alone on the bus
         topic = channel = ""  # no topic is empty
         before: tuple[Link, ...] = ()
         for envelope, encoded in entries:

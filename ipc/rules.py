@@ -116,7 +116,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def retention(self, topic: str) -> Retention | None:
         """Return how much of a topic's messages is kept; None for nothing."""
-        return self._retention[topic]
+        return self.retentions[topic]
 
     def recoverable(self, pattern: str) -> bool:
         """Tell whether every topic that a pattern could match has history, so that nothing of it can be missed."""
@@ -198,7 +198,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return _Cache(lambda pattern: _ALLOWED[tree.of_pattern(pattern)])
 
     @cached_property
-    def _retention(self) -> _Cache[Retention | None]:
+    def retentions(self) -> Mapping[str, Retention | None]:
+        """:meth:`retention` by topic, for the way of every message."""
         size, ttl = _Table(self.topics, "history_size", 0), _Table(self.topics, "history_ttl", 0.0)
         made: dict[tuple[int, float], Retention] = {}
 

@@ -146,15 +146,22 @@ class Appender:
             self.waiting_bytes = 0
         else:
             batch = self._take()
+        alone = batch[0] if len(batch) == 1 else None
         try:
-            results = self.store.transact(partial(_run, batch))
+            if alone is None:
+                results = self.store.transact(partial(_run, batch))
+            else:
+                result = self.store.transact(_work(alone[0]))
         except StoreBusy as error:
             self._busy(batch, error)
             return
         except Exception as error:
             self._one_by_one(batch, error)
         else:
-            self._tell_all(batch, results)
+            if alone is None:
+                self._tell_all(batch, results)
+            else:
+                self._tell(alone, result)
         if not self._queue:
             self._tries.clear()
         elif self._flush_handle is None:
@@ -201,7 +208,7 @@ class Appender:
             return
         for place, item in enumerate(batch):
             try:
-                result = self.store.transact(lambda writer, item=item: _run([item], writer)[0])  # type: ignore[misc]
+                result = self.store.transact(_work(item[0]))
             except StoreBusy:
                 self._put_back(batch[place:])
                 return
@@ -280,6 +287,10 @@ async def recover(
             recovery: Recovery = end.value
             return recovery
         await asyncio.sleep(0)
+
+
+def _work(what: Entry | Callable[[Writer], Any]) -> Callable[[Writer], Any]:
+    return (lambda writer: writer.append(what)) if isinstance(what, Entry) else what
 
 
 def _run(batch: list[_Item], writer: Writer) -> list[Any]:

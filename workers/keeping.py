@@ -8,7 +8,7 @@ Centrifuge protocol, Server-Sent Events, clients that want envelopes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Keeping:
         self._listening = False
         """There are receivers: asked for each message, so it has to be cheap."""
         self._log: HostLog | None = None
+        self._retentions: Mapping[str, Retention | None] = {}
         self._log_loop: asyncio.AbstractEventLoop | None = None
         self._log_thread = 0
         self.on_presence: Callable[[Envelope], None] | None = None
@@ -73,6 +74,7 @@ class Keeping:
         peer = self.peer
         if peer is not None:
             self._log = peer.log
+            self._retentions = peer.rules.retentions
             self._log_loop = asyncio.get_running_loop()
             self._log_thread = get_ident()
             if peer.presence is not None:

@@ -384,12 +384,10 @@ class WebSocketManager(Keeping):
 
     def _post_or_store(self, envelope: Envelope) -> Accepted:
         """Where any topic has history, what clients publish goes this way."""
-        retention = self.rules.retention(envelope.topic)
-        return (
-            self._transport.publish(envelope, False)
-            if retention is None
-            else self._store(envelope, retention)
-        )
+        retention = self._retentions[envelope.topic]
+        if retention is not None:
+            return self._store(envelope, retention)
+        return self._transport.publish(envelope, False)
 
     def clients_may_publish(self, topic: str) -> bool:
         """Whether the topic rules let clients publish there.
