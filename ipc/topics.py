@@ -33,16 +33,7 @@ def check_topic(topic: str) -> None:
         InvalidTopic: it is empty, holds a wildcard or NUL, is no valid UTF-8, or exceeds `MAX_TOPIC_BYTES` or
             `MAX_TOPIC_LEVELS`.
     """
-    # Every published message comes through here, and nearly every topic is short plain ASCII.
-    if (
-        type(topic) is str
-        and topic.isascii()
-        and 0 < len(topic) <= MAX_TOPIC_BYTES
-        and "+" not in topic
-        and "#" not in topic
-        and "\0" not in topic
-        and topic.count("/") < MAX_TOPIC_LEVELS
-    ):
+    if _is_plain(topic):
         return
     _check_limits("topic", topic)
     if "+" in topic or "#" in topic:
@@ -58,16 +49,7 @@ def check_pattern(pattern: str) -> None:
         InvalidTopic: it is empty, has a misplaced wildcard, holds NUL, is no valid UTF-8, or exceeds
             `MAX_TOPIC_BYTES` or `MAX_TOPIC_LEVELS`.
     """
-    # The usual case first, without a call: this runs for each subscription.
-    if (
-        type(pattern) is str
-        and pattern.isascii()
-        and 0 < len(pattern) <= MAX_TOPIC_BYTES
-        and "+" not in pattern
-        and "#" not in pattern
-        and "\0" not in pattern
-        and pattern.count("/") < MAX_TOPIC_LEVELS
-    ):
+    if _is_plain(pattern):
         return
     _check_limits("pattern", pattern)
     check_wildcards(pattern)
@@ -153,6 +135,19 @@ def shown(text: object) -> str:
 
 
 _WILDCARDS = frozenset("+#")
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it is short ASCII without wildcards, as nearly all topics are: then nothing more need be looked at."""
+    return (
+        type(text) is str
+        and text.isascii()
+        and 0 < len(text) <= MAX_TOPIC_BYTES
+        and "+" not in text
+        and "#" not in text
+        and "\0" not in text
+        and text.count("/") < MAX_TOPIC_LEVELS
+    )
 
 
 def _check_limits(kind: str, text: str) -> None:
