@@ -246,7 +246,7 @@ class Bus:
 
     def publish_stored(self, envelopes: Iterable[Envelope]) -> None:
         """As :meth:`publish`, and it leaves now; what cannot be taken the others find in the log."""
-        if not self._turn and self.outbound.is_alone():
+        if not self._open or (not self._turn and self.outbound.is_alone()):
             return
         scheduled, self._flush_scheduled = self._flush_scheduled, True
         for envelope in envelopes:

@@ -113,7 +113,8 @@ class SocketSink:
 
     def write_each(self, frames: Sequence[bytes], policy: SlowPolicy, topic: str) -> None:
         if self._backlog is None:
-            self.write_rest(memoryview(b"".join(frames)), policy)
+            if not self.closed:
+                self.write_rest(memoryview(b"".join(frames)), policy)
         else:
             for frame in frames:
                 self._add(Waiting(frame, policy, topic))

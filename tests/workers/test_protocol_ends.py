@@ -20,7 +20,7 @@ from tests.workers.server_fixture import (
     frame,
 )
 from tests.workers.wire import Wire, loop, plain, wire
-from workers.fanout import current_fanout
+from workers.fanout import SlowPolicy, current_fanout
 from workers.limited_protocol import HOLD_INBOX
 from workers.protocol import MAX_PARTIAL
 
@@ -244,6 +244,24 @@ def test_what_was_sent_before_leaves_before_the_close_frame(
         assert [data for _, data in sent] == [b"sent first", b"sent before"][not slow :]
         assert (opcode, payload[:2]) == (CLOSE, code.to_bytes(2, "big"))
         assert w.closed == [code]
+        w.end()
+
+    loop.run(main())
+
+
+@pytest.mark.parametrize("policy", ["close", "drop_oldest", "latest"])
+def test_nothing_follows_the_close_frame_in_the_turn_it_was_asked_for(
+    loop: asyncio.Runner, policy: SlowPolicy
+) -> None:
+    async def main() -> None:
+        w = await wire()
+        del w.transport.written[:]
+        sink = w.protocol._sink
+        assert sink is not None
+        w.protocol.close(1000)
+        current_fanout().send((sink,), b"too late", policy, "t")
+        current_fanout().flush()
+        assert [opcode for opcode, _ in w.frames()] == [CLOSE]
         w.end()
 
     loop.run(main())
