@@ -75,6 +75,8 @@ class StoreCore:
         self._broken = False
         self._durable = durable
         self._lock = AppendLock(directory)
+        self._reading = threading.RLock()
+        """Held while this process reads: the map must not change meanwhile."""
         try:
             self._lock.acquire_within(wait)
             try:
@@ -152,6 +154,7 @@ class StoreCore:
         self._writer = Writer()
         self._writer.max_entry = self.size // 8
         self._writer.max_grace = self.size // GRACE_SHARE
+        self._unmapped = False
         with self._read():
             pass  # takes the reader slot now, so that later reads take no lock
 
@@ -195,6 +198,9 @@ class StoreCore:
         return result
 
     def _attempt_again(self, work: Callable[[Writer], T]) -> T:
+        while self._grow():
+            with contextlib.suppress(lmdb.MapFullError):
+                return self._attempt(work)
         for _ in range(2):
             if not self._make_room():
                 break
@@ -205,6 +211,21 @@ class StoreCore:
             f"the store's {self.size} bytes are used up (--store-size), and nothing more may be removed",
         )
 
+    def _grow(self) -> bool:
+        try:
+            return self._remap(self._files.grow)
+        except OSError as error:
+            raise self._fail(StoreFull, f"the file system of {self.directory} is full: {error}") from error
+
+    def _remap(self, change: Callable[[], T]) -> T:
+        """Map the file anew, while nobody in this process reads or writes."""
+        try:
+            with self._reading:
+                return change()
+        except lmdb.Error:
+            self._broken = self._unmapped = True
+            raise
+
     def _fail(self, kind: type[StoreError], words: str) -> StoreError:
         self.trouble = words
         return kind(words)
@@ -214,7 +235,7 @@ class StoreCore:
         try:
             txn = self._env.begin(write=True)
         except lmdb.MapResizedError:
-            self._env.set_mapsize(0)  # another process has made it larger
+            self._remap(self._files.follow)
             txn = self._env.begin(write=True)
         try:
             txn_id = txn.id()
@@ -328,7 +349,20 @@ class StoreCore:
     # Reading ---------------------------------------------------------------------------------------------------
 
     def _read(self) -> _Reading:
-        return _Reading(self._env)
+        return _Reading(self)
+
+    def _begin_read(self) -> lmdb.Transaction[bytes]:
+        if self._unmapped:
+            raise StoreError(
+                "the store is not mapped: there was no address space or memory; it is opened again soon"
+            )
+        try:
+            return self._env.begin()
+        except lmdb.MapResizedError:
+            # Another process has made it larger; to follow, no thread of this one may be writing.
+            with self._lock.between_threads():
+                self._remap(self._files.follow)
+            return self._env.begin()
 
     def stats(self) -> StoreStats:
         """The store's state and its use of space."""
@@ -349,25 +383,27 @@ class StoreCore:
 class _Reading:
     """A read transaction as a context; LMDB's errors become `StoreError`."""
 
-    __slots__ = ("_env", "_txn")
+    __slots__ = ("_core", "_txn")
 
-    def __init__(self, env: lmdb.Environment) -> None:
-        self._env = env
+    def __init__(self, core: StoreCore) -> None:
+        self._core = core
 
     def __enter__(self) -> lmdb.Transaction[bytes]:
+        self._core._reading.acquire()
         try:
-            self._txn = self._env.begin()
-        except lmdb.MapResizedError:
-            self._env.set_mapsize(0)  # another process has made it larger
-            self._txn = self._env.begin()
-        except lmdb.Error as error:
-            raise StoreError(f"the store cannot be read: {error}") from error
+            self._txn = self._core._begin_read()
+        except BaseException as error:
+            self._core._reading.release()
+            if isinstance(error, lmdb.Error):
+                raise StoreError(f"the store cannot be read: {error}") from error
+            raise
         return self._txn
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._txn.abort()
+        self._core._reading.release()
         if isinstance(error, (lmdb.Error, *_DAMAGE)):
             raise StoreError(f"the store cannot be read: {error}") from error
 

@@ -17,12 +17,14 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
 import lmdb
 import msgspec
 
+from ipc import store_map
 from ipc.store_reader import read_top
 from ipc.store_records import LAYOUT, STATE_KEY, StoreBusy, StoreError, StoreFull, StoreState
 
@@ -75,6 +77,20 @@ class AppendLock:
         flock(self._fd, LOCK_UN)
         self._mutex.release()
 
+    @contextmanager
+    def between_threads(self) -> Iterator[None]:
+        """While no other thread of this process has the lock.
+
+        Raises:
+            StoreBusy: one has it.
+        """
+        if not self._mutex.acquire(False):
+            raise StoreBusy("another thread is writing to the store")
+        try:
+            yield
+        finally:
+            self._mutex.release()
+
     def acquire_within(self, seconds: float) -> None:
         """Take the lock, trying for some time: for the start only, never on an event loop that serves clients.
 
@@ -116,7 +132,8 @@ class Files:
                 raise _open_error(path, again) from again
         except OSError as error:
             raise _open_error(path, error) from error
-        self._data = os.open(os.path.join(path, "data.mdb"), os.O_RDONLY | os.O_CLOEXEC)
+        self._in_memory = _in_memory(path, durable)
+        self._data = os.open(os.path.join(path, "data.mdb"), os.O_RDWR | os.O_CLOEXEC)
         self._path = path
 
     def _move_aside(self, path: str, error: Exception) -> None:
@@ -132,6 +149,17 @@ class Files:
         except OSError:
             return False
         return os.path.samestat(there, os.fstat(self._data))
+
+    def grow(self) -> bool:
+        """Make room for "map full", up to the store's size; False when there is no more. See :func:`store_map.grow`."""
+        return self._in_memory and store_map.grow(self.env, self._data, self.state.size)
+
+    def follow(self) -> None:
+        """Map what another process has made larger. See :func:`store_map.follow`."""
+        if self._in_memory:
+            store_map.follow(self.env, self._data)
+        else:
+            self.env.set_mapsize(0)
 
     def sync(self) -> None:
         """Wait until all that was committed is on the disk. For a thread; the event loop must not."""
@@ -181,9 +209,14 @@ class _UnreadableError(Exception):
 def _open(path: str, store_size: int | None, durable: bool) -> tuple[lmdb.Environment, StoreState]:
     os.makedirs(path, mode=0o700, exist_ok=True)
     _allocate_reader_table(os.path.join(path, "lock.mdb"))
+    data = os.path.join(path, "data.mdb")
+    length = os.stat(data).st_size if os.path.exists(data) else 0
+    size = _page_multiple(store_size or default_store_size(path))
+    in_memory = _in_memory(path, durable)
     env = lmdb.Environment(
         path,
-        map_size=_page_multiple(store_size or default_store_size(path)),
+        map_size=store_map.first_size(length, size) if in_memory else size,
+        writemap=in_memory,
         mode=0o600,
         # On disk each commit flushes its data, so that a crash of the machine can undo the last ones but not tear
         # them; in memory there is nothing to flush.
@@ -195,11 +228,20 @@ def _open(path: str, store_size: int | None, durable: bool) -> tuple[lmdb.Enviro
     )
     try:
         env.reader_check()
-        _check_length(env, path)
-        return env, _load_state(env, store_size, durable)
+        _check_length(env, data, length)
+        if in_memory:
+            store_map.allocate(data)
+        state = _load_state(env, store_size, durable)
+        if not in_memory and env.info()["map_size"] < state.size:
+            env.set_mapsize(state.size)
+        return env, state
     except BaseException:
         env.close()
         raise
+
+
+def _in_memory(path: str, durable: bool) -> bool:
+    return not durable and store_map.is_in_memory(path)
 
 
 def _page_multiple(size: int) -> int:
@@ -221,18 +263,17 @@ def _allocate_reader_table(path: str) -> None:
         os.close(fd)
 
 
-def _check_length(env: lmdb.Environment, path: str) -> None:
-    """Reading a data file that was cut off would end in SIGBUS."""
-    info = env.info()
+def _check_length(env: lmdb.Environment, data: str, length: int) -> None:
+    """Reading a data file that was cut off would end in SIGBUS. ``length``: bytes that it had before it was opened."""
     page = env.stat()["psize"]
-    wanted = (info["last_pgno"] + 1) * page
-    with open(os.path.join(path, "data.mdb"), "r+b") as data:
-        missing = wanted - os.fstat(data.fileno()).st_size
-        if missing > _LOOSE_PAGES * page:
-            raise _UnreadableError(f"the last {missing} bytes of its file are missing")
-        if missing > 0:
-            # Pages that a transaction took and gave back are counted but never written.
-            os.posix_fallocate(data.fileno(), 0, wanted)
+    wanted = (env.info()["last_pgno"] + 1) * page
+    missing = wanted - length if length else 0
+    if missing > _LOOSE_PAGES * page:
+        raise _UnreadableError(f"the last {missing} bytes of its file are missing")
+    if missing > 0:
+        # Pages that a transaction took and gave back are counted but never written.
+        with open(data, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, wanted)
     with env.begin() as txn:
         read_top(txn)
 
@@ -255,8 +296,6 @@ def _load_state(env: lmdb.Environment, store_size: int | None, durable: bool) ->
         encoded = msgspec.msgpack.encode(state)
         if encoded != found:
             txn.put(STATE_KEY, encoded)
-    if env.info()["map_size"] < state.size:
-        env.set_mapsize(state.size)
     return state
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,16 @@ def line(child: subprocess.Popen[str]) -> str:
     found = child.stdout.readline()
     assert found, "the process ended early"
     return found.strip()
+
+
+@pytest.fixture(name="tmp_path", params=["disk", "memory"])
+def both_places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A store is written through its map where it lies in memory, and by LMDB's own writes elsewhere."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="fw-store-", dir="/dev/shm") as directory:
+        yield Path(directory)
 
 
 @contextmanager

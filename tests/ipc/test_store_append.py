@@ -15,7 +15,7 @@ import pytest
 from ipc import store_append, store_core
 from ipc.store import Entry, EntryTooLarge, Position, Retention, Store, StoreBusy, StoreError, StoreFull
 from ipc.store_append import Appender, recover
-from tests.ipc.store_support import KEEP, Clock, data_of, line, opened, process
+from tests.ipc.store_support import KEEP, Clock, both_places, data_of, line, opened, process  # noqa: F401
 from tests.ipc.test_store_processes import STOP_INSIDE
 from tests.support import run, until_async
 

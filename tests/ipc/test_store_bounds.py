@@ -12,7 +12,17 @@ import pytest
 
 from ipc import store_core
 from ipc.store import Entry, Position, Retention, Store, StoreError, StoreFull, default_store_size
-from tests.ipc.store_support import GRACE, Clock, data_of, line, opened, process, put, small_file_system
+from tests.ipc.store_support import (  # noqa: F401
+    GRACE,
+    Clock,
+    both_places,
+    data_of,
+    line,
+    opened,
+    process,
+    put,
+    small_file_system,
+)
 
 MIB = 1 << 20
 EVERYTHING = Retention(10**6)
@@ -65,12 +75,28 @@ def test_large_messages_and_small_ones(tmp_path: Path) -> None:
         assert [entry.offset for entry in entries] == list(range(entries[0].offset, 2_001))
 
 
+READER = """
+import sys
+from ipc.store import Store
+store = Store.open(sys.argv[1])
+print("open", flush=True)
+sys.stdin.readline()
+with store._read():
+    print("reading", flush=True)
+    sys.stdin.readline()
+print("ended", flush=True)
+"""
+
+
 def test_a_reader_that_stands_still_costs_no_more_than_room(tmp_path: Path) -> None:
     """It keeps every page it could see: then there is no room, history is not given up in vain, and it comes back."""
-    with opened(tmp_path, store_size=2 * MIB) as store:
+    with opened(tmp_path, store_size=2 * MIB) as store, process(READER, tmp_path) as reader:
+        assert line(reader) == "open"
         for _ in range(500):
             put(store, "a", bytes(1000), keep=EVERYTHING)
-        reader = store._env.begin()
+        assert reader.stdin is not None
+        print("read", file=reader.stdin, flush=True)
+        assert line(reader) == "reading"
         with pytest.raises(StoreFull, match="--store-size"):
             for number in range(10_000):
                 put(store, f"t/{number % 100}", bytes(1000), keep=Retention(1))
@@ -84,7 +110,8 @@ def test_a_reader_that_stands_still_costs_no_more_than_room(tmp_path: Path) -> N
                 refused += 1
         assert refused >= 5
         assert kept - len(store.read_since(0, 10**6, 10**9).entries) < kept // 2
-        reader.abort()
+        print("end", file=reader.stdin, flush=True)
+        assert line(reader) == "ended"
         put(store, "a", b"again", keep=EVERYTHING)
         assert store.trouble == ""
 

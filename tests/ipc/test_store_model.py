@@ -15,7 +15,7 @@ from ipc.store import Entry, Retention, Store, StoredEntry
 from ipc.store_records import LOG, TOPIC
 from ipc.store_writer import Writer
 from tests.ipc.store_model import Model, ModelEntry
-from tests.ipc.store_support import GRACE
+from tests.ipc.store_support import GRACE, both_places  # noqa: F401
 from tests.support import scratch_directory
 
 CHANNELS = ["hub", "hub", "hub", "other"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipc.store import Present, Store
-from tests.ipc.store_support import opened
+from tests.ipc.store_support import both_places, opened  # noqa: F401
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ipc.store import Store, StoreBusy, StoreError
-from tests.ipc.store_support import data_of, line, opened, process, put
+from tests.ipc.store_support import both_places, data_of, line, opened, process, put  # noqa: F401
 from tests.support import until
 
 APPEND = """

@@ -9,7 +9,7 @@ import pytest
 
 from ipc import store_reader
 from ipc.store import Entry, Recovery, Retention, Store
-from tests.ipc.store_support import KEEP, Clock, data_of, opened, put
+from tests.ipc.store_support import KEEP, Clock, both_places, data_of, opened, put  # noqa: F401
 
 WEEK = 7 * 86_400
 
