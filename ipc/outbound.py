@@ -233,7 +233,8 @@ class Outbound:
 
     def is_alone(self) -> bool:
         """Nobody else is there, and nobody on other hosts is to be told."""
-        self.refresh()
+        if self._board.full_words() != self._seen:
+            self.refresh()
         return not self.links and self.federation is None
 
     def send(self, entries: Iterable[tuple[Envelope, bytes | None]]) -> None:

@@ -67,7 +67,7 @@ class PresenceBoard:
             elif result:
                 self._tell(JOIN, channel, pattern, info)
 
-        self._appender.write(lambda writer: store_presence.add(writer.txn, channel, pattern, who), stored)
+        self._appender.append(lambda writer: store_presence.add(writer.txn, channel, pattern, who), stored)
 
     def leave(self, channel: str, pattern: str, client: str) -> None:
         """It no longer is."""
@@ -79,7 +79,7 @@ class PresenceBoard:
                 self._tell(LEAVE, channel, pattern, result.info)
 
         try:
-            self._appender.write(
+            self._appender.append(
                 lambda writer: store_presence.remove(writer.txn, channel, pattern, *self._owner, client),
                 stored,
             )
@@ -135,7 +135,7 @@ class PresenceBoard:
                 self._reaping.discard(owner)
 
         try:
-            self._appender.write(lambda writer: store_presence.reap(writer.txn, *owner, _REAP), removed)
+            self._appender.append(lambda writer: store_presence.reap(writer.txn, *owner, _REAP), removed)
         except StoreError:
             self._reaping.discard(owner)
 

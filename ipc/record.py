@@ -179,13 +179,10 @@ class Record:
         """``time.monotonic_ns()`` when the owner set about writing to the store; 0 while it does not."""
         return self._words[self._base + layout.APPEND_SINCE]
 
-    def append_begins(self) -> None:
-        """Say that the owner takes the store's append lock now."""
-        self._words[self._base + layout.APPEND_SINCE] = time.monotonic_ns()
-
-    def append_ends(self) -> None:
-        """Say that it has let go of it."""
-        self._words[self._base + layout.APPEND_SINCE] = 0
+    @property
+    def append_word(self) -> tuple[memoryview, int]:
+        """Where it says that: 64-bit words, and which of them."""
+        return self._words, self._base + layout.APPEND_SINCE
 
     @property
     def condition(self) -> int:
@@ -296,7 +293,7 @@ class Record:
     def _clear(self) -> None:
         for gauge in GAUGES:
             self.set(gauge, 0)
-        self.append_ends()
+        self._words[self._base + layout.APPEND_SINCE] = 0
         self.condition = 0
         if self.slot < layout.FULL_SLOTS:
             start = layout.MAPS + self.slot * layout.MAP_BYTES

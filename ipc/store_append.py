@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ipc.store import RECOVERY_BYTES, Entry, Position, Recovery, Store, StoreBusy, StoreError, StoreFull
 from ipc.store_writer import Writer
@@ -31,6 +31,8 @@ _BATCH = 1000
 _BATCH_BYTES = 4 << 20
 _MAINTENANCE_SECONDS = 1.0
 _WORK_BYTES = 256
+
+_CALLBACK_FAILED = "a callback of the store's queue failed"
 
 _log = logging.getLogger("ipc")
 
@@ -75,8 +77,11 @@ class Appender:
         """How many appends and other writes wait."""
         return len(self._queue)
 
-    def append(self, entry: Entry, done: Done) -> None:
+    def append(self, what: Entry | Callable[[Writer], Any], done: Done) -> None:
         """Store an entry soon. ``done`` is called once, from the loop, with its `Position` or a `StoreError`.
+
+        In place of an entry may stand any other change: then it is called inside the transaction, and ``done`` with its
+        result.
 
         Entries of one appender are stored, and their callers told, in the order of the calls. ``done`` must not raise.
 
@@ -84,18 +89,14 @@ class Appender:
             StoreBusy: too much waits already; ``done`` will not be called.
         """
         queue = self._queue
-        size = len(entry.data) + len(entry.info) + len(entry.tags)
-        if not queue and not self._closed:
-            self.waiting_bytes = size
-            queue.append((entry, done, size))
-            if self._flush_handle is None:
-                self._flush_handle = self._loop.call_soon(self._flush)
-        else:
-            self._add(entry, done, size)
-
-    def write(self, work: Callable[[Writer], Any], done: Done) -> None:
-        """As :meth:`append` for any other change: ``work`` runs inside the transaction, ``done`` gets its result."""
-        self._add(work, done, _WORK_BYTES)
+        size = len(what.data) + len(what.info) + len(what.tags) if isinstance(what, Entry) else _WORK_BYTES
+        waiting = self.waiting_bytes + size
+        if self._closed or (queue and (len(queue) >= self._max_waiting or waiting > self._max_bytes)):
+            self._refuse()
+        self.waiting_bytes = waiting
+        queue.append((what, done, size))
+        if self._flush_handle is None:
+            self._flush_handle = self._loop.call_soon(self._flush)
 
     def append_future(self, entry: Entry) -> asyncio.Future[Position]:
         """As :meth:`append`, as a future."""
@@ -106,7 +107,7 @@ class Appender:
     def write_future(self, work: Callable[[Writer], T]) -> asyncio.Future[T]:
         """As :meth:`write`, as a future."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._start(future, lambda done: self.write(work, done))
+        self._start(future, lambda done: self.append(work, done))
         return future
 
     def _start(self, future: asyncio.Future[Any], begin: Callable[[Done], None]) -> None:
@@ -123,16 +124,12 @@ class Appender:
         except StoreError as error:
             future.set_exception(error)
 
-    def _add(self, what: Entry | Callable[[Writer], Any], done: Done, size: int) -> None:
+    def _refuse(self) -> NoReturn:
         if self._closed:
             raise StoreError("the store is closed")
-        queue = self._queue
-        if len(queue) >= self._max_waiting or (queue and self.waiting_bytes + size > self._max_bytes):
-            raise StoreBusy(f"{len(queue)} messages already wait for the store ({self.waiting_bytes} bytes)")
-        self.waiting_bytes += size
-        queue.append((what, done, size))
-        if self._flush_handle is None:
-            self._flush_handle = self._loop.call_soon(self._flush)
+        raise StoreBusy(
+            f"{len(self._queue)} messages already wait for the store ({self.waiting_bytes} bytes)"
+        )
 
     # The queue -------------------------------------------------------------------------------------------------
 
@@ -151,7 +148,7 @@ class Appender:
             if alone is None:
                 results = self.store.transact(partial(_run, batch))
             else:
-                result = self.store.transact(_work(alone[0]))
+                result = self.store.transact(alone[0])
         except StoreBusy as error:
             self._busy(batch, error)
             return
@@ -161,7 +158,10 @@ class Appender:
             if alone is None:
                 self._tell_all(batch, results)
             else:
-                self._tell(alone, result)
+                try:
+                    alone[1](result)
+                except Exception:
+                    _log.exception(_CALLBACK_FAILED)
         if not self._queue:
             self._tries.clear()
         elif self._flush_handle is None:
@@ -208,7 +208,7 @@ class Appender:
             return
         for place, item in enumerate(batch):
             try:
-                result = self.store.transact(_work(item[0]))
+                result = self.store.transact(item[0])
             except StoreBusy:
                 self._put_back(batch[place:])
                 return
@@ -239,7 +239,7 @@ class Appender:
         try:
             item[1](result)
         except Exception:
-            _log.exception("a callback of the store's queue failed")
+            _log.exception(_CALLBACK_FAILED)
 
     # Housekeeping ----------------------------------------------------------------------------------------------
 
@@ -287,10 +287,6 @@ async def recover(
             recovery: Recovery = end.value
             return recovery
         await asyncio.sleep(0)
-
-
-def _work(what: Entry | Callable[[Writer], Any]) -> Callable[[Writer], Any]:
-    return (lambda writer: writer.append(what)) if isinstance(what, Entry) else what
 
 
 def _run(batch: list[_Item], writer: Writer) -> list[Any]:

@@ -16,8 +16,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from time import monotonic_ns
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 import lmdb
 import msgspec
@@ -26,7 +27,7 @@ from ipc.store_changes import GRACE_SHARE
 from ipc.store_files import AppendLock, Files, Syncer
 from ipc.store_fold import FOLD_EVERY
 from ipc.store_reader import read_state, read_top
-from ipc.store_records import StoreBusy, StoreError, StoreFull, StoreState
+from ipc.store_records import Entry, Position, StoreBusy, StoreError, StoreFull, StoreState
 from ipc.store_writer import Writer
 
 T = TypeVar("T")
@@ -61,10 +62,9 @@ class StoreCore:
 
     def __init__(self, directory: str, store_size: int | None, durable: bool, wait: float) -> None:
         self.directory = directory
-        self.on_append_begin: Callable[[], None] = _nothing
-        """Called before each try to take the append lock: write "in append since" to the board."""
-        self.on_append_end: Callable[[], None] = _nothing
-        """Called when the lock was released, or was not to be had."""
+        self.since: tuple[memoryview | list[int], int] = ([0], 0)
+        """Words and a place among them, on the board say: since when this process has or tries to get the append lock,
+        in nanoseconds of the monotonic clock; 0 when it does not."""
         self.clock: Callable[[], float] = time.time
         """Seconds since 1970; tests replace it."""
         self.trouble = ""
@@ -160,8 +160,13 @@ class StoreCore:
 
     # One transaction -------------------------------------------------------------------------------------------
 
-    def transact(self, work: Callable[[Writer], T]) -> T:
-        """Run ``work`` in one write transaction. It may be run again from the beginning when room had to be made.
+    @overload
+    def transact(self, work: Entry) -> Position: ...
+    @overload
+    def transact(self, work: Callable[[Writer], T]) -> T: ...
+    def transact(self, work: Entry | Callable[[Writer], object]) -> object:
+        """Run ``work`` in one write transaction, or append an entry. It may be run again from the beginning when room
+        had to be made.
 
         What ``work`` raises undoes the transaction and is passed on.
 
@@ -170,7 +175,8 @@ class StoreCore:
             StoreFull: no room, although old entries went where they may.
             StoreError: LMDB failed.
         """
-        self.on_append_begin()
+        words, place = self.since
+        words[place] = monotonic_ns()
         try:
             if self._forked:
                 raise StoreError("this store was opened before the fork and belongs to the parent process")
@@ -191,13 +197,13 @@ class StoreCore:
             finally:
                 lock.release()
         finally:
-            self.on_append_end()
+            words[place] = 0
         self.trouble = ""
         if self._syncer is not None:
             self._syncer.dirty = True
         return result
 
-    def _attempt_again(self, work: Callable[[Writer], T]) -> T:
+    def _attempt_again(self, work: Entry | Callable[[Writer], Any]) -> Any:
         while self._grow():
             with contextlib.suppress(lmdb.MapFullError):
                 return self._attempt(work)
@@ -230,17 +236,17 @@ class StoreCore:
         self.trouble = words
         return kind(words)
 
-    def _attempt(self, work: Callable[[Writer], T]) -> T:
+    def _attempt(self, work: Entry | Callable[[Writer], Any]) -> Any:
         writer = self._writer
         try:
-            txn = self._env.begin(write=True)
+            txn = self._env.begin(None, None, True)
         except lmdb.MapResizedError:
             self._remap(self._files.follow)
-            txn = self._env.begin(write=True)
+            txn = self._env.begin(None, None, True)
         try:
             txn_id = txn.id()
             writer.begin(txn, txn_id, int(self.clock() * 1000))
-            result = work(writer)
+            result = writer.append(work) if type(work) is Entry else work(writer)  # type: ignore[operator]
             if len(writer.pending) >= FOLD_EVERY:
                 writer.fold()
             if writer.folded or writer.added > _LARGE or self._debt:
@@ -412,10 +418,6 @@ def _used(txn: lmdb.Transaction[bytes]) -> int:
     """Bytes of pages that hold something; free pages inside the file do not count."""
     stat = txn.stat()
     return (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"]
-
-
-def _nothing() -> None:
-    pass
 
 
 _registry: dict[tuple[int, int], StoreCore] = {}

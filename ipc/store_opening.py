@@ -52,6 +52,5 @@ async def _open(directory: str, size: int, durable: bool, record: Record) -> Sto
         store = await asyncio.to_thread(Store.open, directory, store_size=size or None, durable=durable)
     except StoreError as error:
         raise RuntimeDirError(str(error)) from error
-    store.on_append_begin = record.append_begins
-    store.on_append_end = record.append_ends
+    store.since = record.append_word
     return store

@@ -6,8 +6,6 @@ the end of the log; the topic's record follows later (``store_fold.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ipc.store_fold import Head
 from ipc.store_records import (
     EMPTY,
@@ -59,7 +57,10 @@ class Writer(Upkeep):
                 f"a message of {size} bytes does not fit: the store takes {self.max_entry} at most"
             )
         # The log comes last in the order of keys: MDB_APPEND.
-        (self._log_put or self._open_log())(LOG + packed, value, True, True, True)
+        put = self._log_put
+        if put is None:
+            self._log_put = put = self.txn.cursor().put
+        put(LOG + packed, value, True, True, True)
         head.previous = packed
         self.pending.append((head.key, packed))
         self.added += size
@@ -67,10 +68,6 @@ class Writer(Upkeep):
         if entry.idempotency_key:
             self._remember(head.key, entry.idempotency_key, packed, previous)
         return Position(offset, _from_bytes(previous, "big"))
-
-    def _open_log(self) -> Callable[..., bool]:
-        self._log_put = put = self.txn.cursor().put
-        return put
 
     def _with_more(self, entry: Entry, previous: bytes) -> bytes:
         channel, topic = entry.channel.encode(), entry.topic.encode()

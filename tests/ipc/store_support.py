@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,22 @@ def both_places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path
         return
     with tempfile.TemporaryDirectory(prefix="fw-store-", dir="/dev/shm") as directory:
         yield Path(directory)
+
+
+class AppendWord(list[int]):
+    """In the place of the board's word "in append since": remembers what was written."""
+
+    def __init__(self) -> None:
+        super().__init__([0])
+        self.told: list[str] = []
+
+    @property
+    def begun(self) -> int:
+        """How many transactions were tried."""
+        return self.told.count("begin")
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        self.told.append("begin" if value else "end")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 from ipc import store_append, store_core
 from ipc.store import Entry, EntryTooLarge, Position, Retention, Store, StoreBusy, StoreError, StoreFull
 from ipc.store_append import Appender, recover
-from tests.ipc.store_support import KEEP, Clock, both_places, data_of, line, opened, process  # noqa: F401
+from tests.ipc.store_support import KEEP, AppendWord, Clock, both_places, data_of, line, opened, process  # noqa: F401
 from tests.ipc.test_store_processes import STOP_INSIDE
 from tests.support import run, until_async
 
@@ -41,15 +41,15 @@ def with_appender(tmp_path: Path, main: Callable[[Appender, Store], object], **b
 def test_one_turn_of_the_loop_is_one_transaction_in_order(tmp_path: Path) -> None:
     async def main(appender: Appender, store: Store) -> None:
         told: list[object] = []
-        transactions: list[int] = []
-        store.on_append_begin = lambda: transactions.append(1)
+        transactions = AppendWord()
+        store.since = (transactions, 0)
         for number in range(100):
             appender.append(entry(b"%d" % number, f"t/{number % 3}"), told.append)
         present = appender.write_future(lambda writer: writer.top)
         assert (appender.waiting, told) == (101, [])
         assert await present == 100
         assert [position.offset for position in told if isinstance(position, Position)] == list(range(1, 101))
-        assert len(transactions) == 1
+        assert transactions.begun == 1
         assert (appender.waiting, appender.waiting_bytes) == (0, 0)
         assert data_of(store.read_since(0).entries) == [b"%d" % number for number in range(100)]
 
@@ -100,13 +100,13 @@ def test_a_cancelled_future_hurts_nobody(tmp_path: Path) -> None:
 
 def test_a_large_backlog_is_stored_in_several_transactions(tmp_path: Path) -> None:
     async def main(appender: Appender, store: Store) -> None:
-        transactions: list[int] = []
-        store.on_append_begin = lambda: transactions.append(1)
+        transactions = AppendWord()
+        store.since = (transactions, 0)
         futures = [appender.append_future(entry(b"x")) for _ in range(2500)]
         futures += [appender.append_future(entry(bytes(500_000))) for _ in range(10)]
         positions = await asyncio.gather(*futures)
         assert [position.offset for position in positions] == list(range(1, 2511))
-        assert 4 <= len(transactions) <= 6
+        assert 4 <= transactions.begun <= 6
 
     with_appender(tmp_path, main)
 
@@ -137,9 +137,9 @@ def test_a_busy_lock_is_tried_again_in_order(tmp_path: Path) -> None:
     async def main(appender: Appender, store: Store) -> None:
         store._lock.acquire()
         first = [appender.append_future(entry(b"%d" % number)) for number in range(3)]
-        tries: list[int] = []
-        store.on_append_begin = lambda: tries.append(1)
-        await until_async(lambda: len(tries) >= 3)
+        tries = AppendWord()
+        store.since = (tries, 0)
+        await until_async(lambda: tries.begun >= 3)
         second = [appender.append_future(entry(b"%d" % number)) for number in range(3, 6)]
         assert appender.waiting == 6
         store._lock.release()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ipc.store import Store, StoreBusy, StoreError
-from tests.ipc.store_support import both_places, data_of, line, opened, process, put  # noqa: F401
+from tests.ipc.store_support import AppendWord, both_places, data_of, line, opened, process, put  # noqa: F401
 from tests.support import until
 
 APPEND = """
@@ -160,10 +160,9 @@ def test_stopped_inside_a_transaction_it_holds_up_no_reader_and_no_loop(tmp_path
 
 
 def test_begin_and_end_of_an_append_are_told(tmp_path: Path) -> None:
-    told: list[str] = []
+    word = AppendWord()
     with opened(tmp_path) as store:
-        store.on_append_begin = lambda: told.append("begin")
-        store.on_append_end = lambda: told.append("end")
+        store.since = (word, 0)
         put(store, "a", b"1")
         with pytest.raises(ZeroDivisionError):
             store.transact(lambda _: 1 // 0)
@@ -171,7 +170,7 @@ def test_begin_and_end_of_an_append_are_told(tmp_path: Path) -> None:
         with pytest.raises(StoreBusy):
             put(store, "a", b"2")
         store._lock.release()
-        assert told == ["begin", "end"] * 3
+        assert word.told == ["begin", "end"] * 3
 
 
 def test_a_store_is_opened_once_per_process(tmp_path: Path) -> None:
