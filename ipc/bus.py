@@ -75,13 +75,13 @@ class Bus:
         self.backlog = backlog
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            self.inbound = Inbound(runtime, slot, self._context, take_over)
-            self.outbound = Outbound(runtime, slot, self._context, backlog, federates=federates)
-        except BaseException:
+        with contextlib.ExitStack() as opened:
             # No more descriptors, say: what was opened by then must not stay.
-            self._context.destroy(0)
-            raise
+            opened.callback(self._context.destroy, 0)
+            self.inbound = Inbound(runtime, slot, self._context, take_over)
+            opened.callback(self.inbound.close)
+            self.outbound = Outbound(runtime, slot, self._context, backlog, federates=federates)
+            opened.pop_all()
         self.outbound.on_ready = self._on_ready
         self.outbound.on_gone = self._on_change
         self.inbound.on_control = self._on_control
@@ -120,6 +120,7 @@ class Bus:
     async def start(self) -> None:
         """Join; ready on return: what anybody publishes from now on arrives, both ways."""
         self._loop.add_reader(self.inbound.fd, self._on_inbox)
+        self._loop.add_reader(self.inbound.shortcut_fd, self._on_shortcut)
         self._loop.add_reader(self.outbound.fd, self._on_outbound)
         self._record.state = SlotState.JOINING
         self._tick()
@@ -197,6 +198,7 @@ class Bus:
         self._open = False
         if not self._loop.is_closed():
             self._loop.remove_reader(self.inbound.fd)
+            self._loop.remove_reader(self.inbound.shortcut_fd)
             self._loop.remove_reader(self.outbound.fd)
         for timer in (self._poll_timer, self._tick_timer):
             if timer is not None:
@@ -264,6 +266,7 @@ class Bus:
             if self._looks:
                 # What came in during a long turn goes out to clients together with what the turn has for them.
                 self._looks -= 1
+                self.inbound.read_shortcut()
                 self._on_inbox()
 
     def _flush(self) -> None:
@@ -333,6 +336,11 @@ class Bus:
             # The descriptor will not tell again of what is there already.
             self._read_scheduled = True
             self._loop.call_soon(self._on_inbox)
+
+    def _on_shortcut(self) -> None:
+        if self._open:
+            self._looks = LOOKS
+            self.inbound.read_shortcut()
 
     def _on_outbound(self) -> None:
         if self._open:

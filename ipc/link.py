@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ipc import envelope as wire
 from ipc.flow import SendFlow
+from ipc.shortcut import Shortcut
 
 FIRST_TAIL = 0.5
 """Seconds until a last number is said again."""
@@ -28,8 +29,9 @@ class Link(SendFlow):
     """One receiver, as this sender sees it."""
 
     __slots__ = (
-        "bye_answered", "counted", "credit_index", "endpoint", "epoch", "greeted", "hello_answered", "map_offset",
-        "owes_bye", "owes_hello", "slot", "tail_at", "tail_pause", "tail_said", "to", "turn", "waiters",
+        "bye_answered", "counted", "credit_index", "detour", "endpoint", "epoch", "greeted", "hello_answered",
+        "map_offset", "owes_bye", "owes_hello", "shortcut", "slot", "tail_at", "tail_pause", "tail_said", "to",
+        "turn", "waiters",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +66,9 @@ class Link(SendFlow):
         self.tail_at = 0.0
         self.tail_pause = FIRST_TAIL
         self.tail_said = (0, 0)
+        self.shortcut: Shortcut | None = None
+        self.detour = 0
+        """Envelopes up to this number may be on the long way, through the mesh."""
         self.waiters: deque[tuple[int, Waiter]] = deque()
 
     @property

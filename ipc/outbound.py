@@ -1,7 +1,8 @@
 """The sending half of the mesh: which peers an envelope goes to, and one ZeroMQ socket that takes it there.
 
 Stands between whoever publishes (``bus.py`` on an event loop, ``publisher.py`` without one) and the inboxes of the
-others. One XPUB socket connects to the inbox of every living full peer; ``flow.py`` decides what may leave.
+others. One XPUB socket connects to the inbox of every living full peer; ``flow.py`` decides what may leave, and small
+batches take the short way beside it (``shortcut.py``).
 
 The destinations of an envelope are looked up when its batch is built, on the board, and remembered only as long as no
 word of epochs, interest versions and states has changed: a subscription that its owner has confirmed is on the board
@@ -24,6 +25,7 @@ from ipc.flow import unpack_credit
 from ipc.interest import InterestKind, Place, PlaceCache, interest_in
 from ipc.link import FIRST_TAIL, Key, Link, Waiter
 from ipc.runtime import RuntimeDir, inbox_name
+from ipc.shortcut import Shortcut
 
 logger = logging.getLogger("ipc")
 
@@ -126,6 +128,8 @@ class Outbound:
             self._advance(link)
             self._record.set(Counter.FEDERATION_HELD, 0)
         self._socket.connect(endpoint)
+        if not bridge:  # what is for one may have to wait for Redis
+            link.shortcut = Shortcut.open(self._runtime, slot, epoch)
 
     def _forget(self, link: Link) -> None:
         self.read_credit(link)
@@ -140,6 +144,8 @@ class Outbound:
         self._unready.discard(link.key)
         while link.waiters:
             link.waiters.popleft()[1].one_done()
+        if link.shortcut is not None:
+            link.shortcut.close()
         try:
             self._socket.disconnect(link.endpoint)
         except zmq.ZMQError as error:
@@ -310,12 +316,12 @@ class Outbound:
             if batch is not None:
                 if not self.drop_fraction or random.random() >= self.drop_fraction:
                     number, envelopes, body = batch
-                    self._socket.send(
-                        wire.data_frame(
-                            link.to, self._slot, self._epoch, number, envelopes, link.position, body
-                        ),
-                        _DONTWAIT,
+                    frame = wire.data_frame(
+                        link.to, self._slot, self._epoch, number, envelopes, link.position, body
                     )
+                    if link.shortcut is None or not self._send_shortly(link, link.shortcut, frame):
+                        link.detour = number + envelopes
+                        self._socket.send(frame, _DONTWAIT)
             elif not link.outbox or not self.read_credit(link):
                 break
         if link.outbox:
@@ -324,6 +330,14 @@ class Outbound:
             self._queued.pop(link.key, None)
         if link.dropped != link.counted:
             self._count_dropped(link)
+
+    def _send_shortly(self, link: Link, shortcut: Shortcut, frame: bytes) -> bool:
+        """Send a frame the short way, unless that is full, or something before it may still be in the mesh."""
+        if link.acked_number < link.detour and not (
+            self.read_credit(link) and link.acked_number >= link.detour
+        ):
+            return False
+        return shortcut.send(frame)
 
     def control(self, link: Link, kind: FrameKind) -> None:
         """Send a control message; only to a link that is ready."""

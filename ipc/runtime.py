@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROL_NAME", "LOCK_NAME", "PID_NAME", "RULES_NAME",
     "DirectoryInUse", "NoFreeSlot", "RulesMismatch", "RuntimeDir", "RuntimeDirError",
-    "default_runtime_dir", "inbox_name", "locked_too_long",
+    "default_runtime_dir", "inbox_name", "locked_too_long", "shortcut_name",
 ]  # fmt: skip
 
 logger = logging.getLogger("ipc")
@@ -57,7 +57,7 @@ _OUR_FILES = (
 )
 _STORE_FILES = ("store.lock", "store/data.mdb", "store/lock.mdb")
 _STORE_DIRECTORIES = ("store", "store.unreadable")
-_INBOX = re.compile(r"i(\d{1,3})\.(\d{1,10})")
+_INBOX = re.compile(r"[id](\d{1,3})\.(\d{1,10})")
 
 _DIRECTORY_BYTE = 0
 _SUPERVISOR_BYTE = 1
@@ -312,6 +312,7 @@ class RuntimeDir:
     def _vacate(self, slot: int) -> None:
         record = self.board.record(slot)
         self._unlink(inbox_name(slot, record.epoch))
+        self._unlink(shortcut_name(slot, record.epoch))
         record.end()
         self._locks.unlock(_FIRST_SLOT_BYTE + slot)
 
@@ -477,6 +478,11 @@ class RuntimeDir:
 def inbox_name(slot: int, epoch: int) -> str:
     """The file name of an inbox, in the runtime directory."""
     return f"i{slot}.{epoch}"
+
+
+def shortcut_name(slot: int, epoch: int) -> str:
+    """The file name of the end of the short way to a peer (:mod:`ipc.shortcut`), in the runtime directory."""
+    return f"d{slot}.{epoch}"
 
 
 def locked_too_long(path: str, timeout: float) -> str:

@@ -99,12 +99,14 @@ def stop_reading(peer: Peer) -> None:
     """As a stopped process: it lives, but takes nothing in and its heart does not beat."""
     bus = peer.bus
     bus._loop.remove_reader(bus.inbound.fd)
+    bus._loop.remove_reader(bus.inbound.shortcut_fd)
     assert bus._tick_timer
     bus._tick_timer.cancel()
 
 
 def read_again(peer: Peer) -> None:
     peer.bus._loop.add_reader(peer.bus.inbound.fd, peer.bus._on_inbox)
+    peer.bus._loop.add_reader(peer.bus.inbound.shortcut_fd, peer.bus._on_shortcut)
     peer.bus._on_inbox()
     peer.bus._tick()
 
@@ -117,6 +119,10 @@ def die(peer: Peer) -> None:
     bus._open = False
     bus.outbound._socket.close(0)
     bus.inbound._socket.close(0)
+    bus.inbound._shortcut._socket.close()
+    for link in bus.outbound.links.values():
+        if link.shortcut is not None:
+            link.shortcut.close()
     bus._context.term()
     runtime = peer.runtime
     for slot in runtime._mine:
