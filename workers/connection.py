@@ -295,7 +295,7 @@ class Connection:
         sink = self._sink
         if isinstance(sink, SocketSink):
             await self._ready(sink)
-            current_fanout().send_frame(self._target, binary_frame(data))
+            current_fanout().send_frames(self._target, [binary_frame(data)])
             return
         if sink is not None:
             current_fanout().flush()

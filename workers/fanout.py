@@ -111,23 +111,24 @@ class Fanout:
         self, targets: Sequence[Sink], payload: bytes, policy: SlowPolicy = "close", topic: str = ""
     ) -> None:
         """Owe ``payload`` (UTF-8 text) to every sink of ``targets``; written when this turn of the loop ends."""
-        self.send_frame(targets, text_frame(payload), policy, topic)
+        self.send_frames(targets, [text_frame(payload)], policy, topic)
 
-    def send_frame(
-        self, targets: Sequence[Sink], frame: bytes, policy: SlowPolicy = "close", topic: str = ""
+    def send_frames(
+        self, targets: Sequence[Sink], frames: list[bytes], policy: SlowPolicy = "close", topic: str = ""
     ) -> None:
-        """As :meth:`send` with the frame made by the caller; ``targets`` must not change afterwards."""
+        """As :meth:`send` with frames made by the caller, one or more, whose list is the fan-out's from now on;
+        ``targets`` must not change afterwards."""
         last = self._last
         if last is not None and last.targets is targets and last.topic == topic:
-            last.frames.append(frame)
+            last.frames += frames
         elif targets:
             if not self._runs:
                 self.loop.call_soon(self._end_of_turn)
-            last = self._last = Run(targets, policy, topic, [frame])
+            last = self._last = Run(targets, policy, topic, frames)
             self._runs.append(last)
         else:
             return
-        self._turn_bytes += len(frame)
+        self._turn_bytes += len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         if self._turn_bytes > MAX_TURN_BYTES:
             self.crowded = True
             self.flush()

@@ -143,7 +143,7 @@ class LeanProtocol(WebSocketsSansIOProtocol):
             "asgi": {"version": self.config.asgi_version, "spec_version": "2.4"},
             "http_version": "1.1",
             "scheme": "wss" if is_ssl(self.transport) else "ws",
-            "server": get_local_addr(self.transport),
+            "server": self.server or get_local_addr(self.transport),
             "client": self.client,
             "root_path": root_path,
             "path": root_path + (unquote(path) if "%" in path else path),

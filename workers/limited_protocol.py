@@ -150,7 +150,8 @@ class LimitedProtocol(LeanProtocol):
 
     def connection_made(self, transport: BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.client = get_remote_addr(self.transport)
+        if self.client is None:
+            self.client = get_remote_addr(self.transport)
         self.connections.add(self)
         self._traffic.connections += 1
 

@@ -266,8 +266,9 @@ class WebSocketManager(Keeping):
         self._transport.interest_add(*interest_in(pattern))
         if self._log is not None:
             self._catch_up()
-        self._index.add(pattern, connection.target[0])
-        current_fanout().subscriptions += 1
+        sink = connection.target[0]
+        self._index.add(pattern, sink)
+        sink.fanout.subscriptions += 1
 
     def connection_unsubscribed(self, connection: Connection, pattern: str) -> None:
         """A pattern was removed from ``connection.topics``."""
@@ -435,24 +436,41 @@ class WebSocketManager(Keeping):
             self._deliver_elsewhere(envelopes)
             return
         policy = self._policy
-        before: str | None = None
-        targets: tuple[AnySink, ...] = ()
+        if len(envelopes) == 1 and envelopes[0].kind == TOPIC:
+            # What is published here comes alone.
+            topic, data = envelopes[0].topic, envelopes[0].data
+            targets = self._index.match(topic)
+            if targets:
+                frame = HEADS[len(data)] + data if len(data) < 1024 else text_frame(data)
+                fanout.send_frames(targets, [frame], "close" if policy is None else policy(topic), topic)
+            return
+        topic, targets = "", ()  # no topic is empty
+        frames: list[bytes] = []
         for envelope in envelopes:
             kind = envelope.kind
             if kind == TOPIC:
-                topic = envelope.topic
-                if topic != before:  # messages to one topic come in runs
+                if envelope.topic != topic:  # messages to one topic come in runs
+                    if frames:
+                        fanout.send_frames(
+                            targets, frames, "close" if policy is None else policy(topic), topic
+                        )
+                        frames = []
+                    topic = envelope.topic
                     targets = self._index.match(topic)
-                    before = topic
                 if targets:
                     data = envelope.data
                     size = len(data)
-                    frame = HEADS[size] + data if size < 1024 else text_frame(data)
-                    fanout.send_frame(targets, frame, "close" if policy is None else policy(topic), topic)
-            elif kind == BROADCAST:
+                    frames.append(HEADS[size] + data if size < 1024 else text_frame(data))
+                continue
+            if frames:
+                fanout.send_frames(targets, frames, "close" if policy is None else policy(topic), topic)
+                frames, topic = [], ""
+            if kind == BROADCAST:
                 fanout.send(self._all_sinks(), envelope.data)
             elif kind == DIRECT:
                 fanout.send(self._sinks_of(envelope.conn_ids), envelope.data)
+        if frames:
+            fanout.send_frames(targets, frames, "close" if policy is None else policy(topic), topic)
 
     def _deliver_elsewhere(self, envelopes: Sequence[Envelope]) -> None:
         """The same from a thread of the application, or to connections on several loops (test clients have that)."""

@@ -56,7 +56,7 @@ class WebSocketProtocol(LimitedProtocol):
         """
         self.tell_end(on_closed)
         if self._sink is None:
-            self._sink = SocketSink(self, current_fanout(), max_backlog, write_timeout)
+            self._sink = SocketSink(self, self._traffic, max_backlog, write_timeout)
         return self._sink
 
     def tell_end(self, on_closed: Closed) -> None:
@@ -279,7 +279,7 @@ class WebSocketProtocol(LimitedProtocol):
             frame = (
                 binary_frame(data) if data is not None else text_frame((message.get("text") or "").encode())
             )
-            current_fanout().send_frame((sink,), frame)
+            current_fanout().send_frames((sink,), [frame])
         elif kind == "websocket.close":
             self.close(message.get("code", 1000), message.get("reason") or "")
             self._app_closed = True
