@@ -115,6 +115,8 @@ class HttpProtocol(HttpToolsProtocol):
         protocol.server, protocol.client = self.server, self.client  # each would be a system call
         protocol.connection_made(self.transport)
         self.transport.set_protocol(protocol)
+        # It has our methods and we have it: without this, the garbage collector would have to find both.
+        self.parser = None  # type: ignore[assignment]
         protocol.begin(self.scope["method"], self.scope["http_version"], self.url, self.headers)
 
 
