@@ -8,7 +8,6 @@ Out: :meth:`WebSocketManager._deliver` finds the sinks and hands the payload to 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
@@ -32,6 +31,7 @@ from workers.fanout import HEADS, Fanout, SlowPolicy, current_fanout, text_frame
 from workers.keeping import Keeping
 from workers.message import Message
 from workers.plain import handle_message
+from workers.scattered import deliver_elsewhere
 from workers.settings import Settings
 from workers.sinks import AnySink
 from workers.subscriptions import SubscriptionIndex
@@ -93,7 +93,7 @@ class WebSocketManager(Keeping):
         """What :meth:`clients_may_publish` has answered, and would again."""
         self._policy: Callable[[str], SlowPolicy] | None = None
         self._post: Callable[[Envelope], Accepted] | None = None
-        # The fan-out of the loop that all connections live on; see _deliver_elsewhere for when they do not.
+        # The fan-out of the loop that all connections live on; see scattered.py for when they do not.
         self._fanout: Fanout | None = None
         self._scattered = False
         self._started = False
@@ -433,7 +433,7 @@ class WebSocketManager(Keeping):
         if fanout is None:
             return  # nobody has ever connected here
         if self._scattered or fanout.thread != get_ident():
-            self._deliver_elsewhere(envelopes)
+            deliver_elsewhere(envelopes, self._targets, self.rules.slow_consumer)
             return
         policy = self._policy
         if len(envelopes) == 1 and envelopes[0].kind == TOPIC:
@@ -472,27 +472,10 @@ class WebSocketManager(Keeping):
         if frames:
             fanout.send_frames(targets, frames, "close" if policy is None else policy(topic), topic)
 
-    def _deliver_elsewhere(self, envelopes: Sequence[Envelope]) -> None:
-        """The same from a thread of the application, or to connections on several loops (test clients have that)."""
-        for envelope in envelopes:
-            if envelope.kind == TOPIC:
-                targets = self._index.match(envelope.topic)
-            elif envelope.kind == BROADCAST:
-                targets = self._all_sinks()
-            else:
-                targets = self._sinks_of(envelope.conn_ids)
-            by_loop: dict[Fanout, list[AnySink]] = {}
-            for sink in targets:
-                by_loop.setdefault(sink.fanout, []).append(sink)
-            for fanout, sinks in by_loop.items():
-                if fanout.loop.is_closed():
-                    continue  # with all its connections; its thread's number may be another one's by now
-                policy = self.rules.slow_consumer(envelope.topic) if envelope.kind == TOPIC else "close"
-                send = functools.partial(fanout.send, tuple(sinks), envelope.data, policy, envelope.topic)
-                if fanout.thread == get_ident():
-                    send()
-                else:
-                    fanout.loop.call_soon_threadsafe(send)
+    def _targets(self, envelope: Envelope) -> tuple[AnySink, ...]:
+        if envelope.kind == TOPIC:
+            return self._index.match(envelope.topic)
+        return self._all_sinks() if envelope.kind == BROADCAST else self._sinks_of(envelope.conn_ids)
 
     def _all_sinks(self) -> tuple[AnySink, ...]:
         if self._everyone is None:

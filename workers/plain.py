@@ -29,7 +29,22 @@ logger = logging.getLogger("workers")
 
 _UNSET: Final = object()
 _SEND: Final = msgspec.Raw(b'"send"')
+_OURS: Final = frozenset({"type", "topic", "conn_id"})
+_NEVER: Final = b"\0"  # begins no JSON
+_BEGINNINGS: Final = ((b'{"type":"send","topic":', b',"'), (b'{"type": "send", "topic": ', b', "'))
+
+
+class _Ours(msgspec.Struct, gc=False):
+    """The members of a message that are not the application's."""
+
+    type: Any = msgspec.UNSET
+    topic: Any = msgspec.UNSET
+    conn_id: Any = msgspec.UNSET
+    ack: Any = msgspec.UNSET
+
+
 _decode_text = msgspec.json.Decoder(str).decode
+_decode_ours = msgspec.json.Decoder(_Ours).decode
 
 
 class Refused(Exception):
@@ -43,11 +58,16 @@ class Refused(Exception):
 class PlainSession:
     """What one client of the built-in hub says."""
 
-    __slots__ = ("_connection", "_manager")
+    __slots__ = ("_beginning", "_connection", "_length", "_manager", "_topic")
 
     def __init__(self, manager: WebSocketManager, connection: Connection) -> None:
-        self._manager = manager
         self._connection = connection
+        self._manager = manager
+        self._topic = ""
+        """Where the last publication went."""
+        self._beginning = _NEVER
+        """What a publication to there begins with, up to the first member of the application's."""
+        self._length = len(_NEVER)
 
     def on_message(self, payload: bytes, is_text: bool) -> None:
         """One WebSocket message, in order. Never raises."""
@@ -56,16 +76,10 @@ class PlainSession:
             connection.close_soon(*codes.UNSUPPORTED_DATA)
             return
         try:
-            message = jsontext.decode_members(payload)
-        except jsontext.UNREADABLE as exc:
-            connection.answer_error(str(jsontext.not_json(exc)), ErrorCode.BAD_REQUEST)
-            return
-        try:
-            # Nearly every message is a publication without an ack: those take the straight way.
-            if message.get("type") == _SEND and "ack" not in message:
-                room = self._send(message)
+            if payload[: self._length] == self._beginning and (data := self._rest(payload)):
+                room = self._publish(self._topic, data)
             else:
-                room = handle_message(self._manager, connection, message)
+                room = self._read(payload)
         except Exception:
             # Whatever it was: neither this connection nor the process shall end by it.
             logger.exception("a client's message could not be served")
@@ -74,32 +88,73 @@ class PlainSession:
         if not room:
             connection.hold_reading(HOLD_BUS, self._manager.transport.on_clear)
 
-    def _send(self, message: dict[str, msgspec.Raw]) -> bool:
+    def _rest(self, payload: bytes) -> bytes:
+        """What a publication that begins like the last one passes on; empty if there is more to it than that.
+
+        It is only looked at: it has to be JSON, with no member of ours. To take it apart would cost as much as all the
+        rest of a message's way.
+        """
+        data = b'{"' + payload[self._length :]
+        try:
+            ours = _decode_ours(data)
+        except jsontext.UNREADABLE:
+            return b""  # what is wrong is found, and told, elsewhere
+        return data if ours.type is ours.topic is ours.conn_id is ours.ack is msgspec.UNSET else b""
+
+    def _learn(self, payload: bytes, written: bytes, topic: str) -> None:
+        """At the second publication to a topic: remember how the client begins it."""
+        if topic != self._topic:
+            self._topic, self._beginning = topic, _NEVER
+        else:
+            for before, after in _BEGINNINGS:
+                beginning = before + written + after
+                if payload.startswith(beginning):
+                    self._beginning = beginning
+        self._length = len(self._beginning)
+
+    def _read(self, payload: bytes) -> bool:
+        """Any message; returns False when the client should not be read until the bus has room again."""
+        connection = self._connection
+        try:
+            message = jsontext.decode_members(payload)
+        except jsontext.UNREADABLE as exc:
+            connection.answer_error(str(jsontext.not_json(exc)), ErrorCode.BAD_REQUEST)
+            return True
+        # A publication without an ack takes the straight way.
+        if message.get("type") == _SEND and "ack" not in message:
+            return self._send(payload, message)
+        return handle_message(self._manager, connection, message)
+
+    def _send(self, payload: bytes, message: dict[str, msgspec.Raw]) -> bool:
         manager = self._manager
         try:
-            topic = _decode_text(message["topic"])
+            written = message["topic"]
+            topic = _decode_text(written)
             if manager.publishable.get(topic) or manager.clients_may_publish(topic):
-                del message["type"], message["topic"]
-                if "conn_id" in message:
-                    del message["conn_id"]
-                self._connection.errors = 0
-                accepted = manager.publish_checked(topic, jsontext.encode_members(message))
-                if accepted is DONE:
-                    return True
-                if isinstance(accepted, Storing):
-                    connection = self._connection
-                    accepted.when_done(lambda result: _tell_stored(connection, _UNSET, result))
-                    return not manager.transport.congested
-                return isinstance(accepted, Taking) and not manager.transport.congested
-        except BusFull as exc:
-            self._connection.answer_error(str(exc), ErrorCode.INTERNAL)
-            return False
-        except EnvelopeTooBig as exc:
-            self._connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
-            return True
+                self._learn(payload, bytes(written), topic)
+                data = {name: value for name, value in message.items() if name not in _OURS}
+                return self._publish(topic, jsontext.encode_members(data))
         except (KeyError, ValueError, msgspec.DecodeError):
             pass  # what is wrong is found, and told, below
-        return handle_message(manager, self._connection, {"type": "send", **message})
+        return handle_message(manager, self._connection, message)
+
+    def _publish(self, topic: str, data: bytes) -> bool:
+        connection, manager = self._connection, self._manager
+        connection.errors = 0
+        try:
+            accepted = manager.publish_checked(topic, data)
+        except BusFull as exc:
+            connection.answer_error(str(exc), ErrorCode.INTERNAL)
+            return False
+        except EnvelopeTooBig as exc:
+            connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
+            return True
+        if accepted is DONE:
+            return True
+        if isinstance(accepted, Storing):
+            accepted.when_done(lambda result: _tell_stored(connection, _UNSET, result))
+            return not manager.transport.congested
+        return isinstance(accepted, Taking) and not manager.transport.congested
 
 
 def handle_message(manager: WebSocketManager, connection: Connection, data: dict[str, Any]) -> bool:
