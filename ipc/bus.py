@@ -20,7 +20,7 @@ import zmq
 
 from ipc import envelope as wire
 from ipc.board import Counter, SlotState
-from ipc.envelope import Envelope, FrameKind, Header, is_surely_encodable
+from ipc.envelope import Envelope, FrameKind, Header
 from ipc.inbound import Deliver, Inbound, TakeOver
 from ipc.interest import OwnInterest
 from ipc.outbound import Link, Outbound
@@ -45,6 +45,8 @@ FLUSH_BYTES = 1024 * 1024
 LOOKS = 4
 """So many turns after something has come in look for more at their end: mostly there is, and else it costs little."""
 
+SURE_BYTES = wire.MAX_ENVELOPE // 4
+"""Text in ASCII up to this size can be encoded, and is not too large in the end."""
 _ENVELOPE_COST = 128
 """Bytes that an envelope without data counts for."""
 
@@ -235,8 +237,14 @@ class Bus:
             except ValueError:
                 federation.take_back(envelope)
                 raise
-        elif is_surely_encodable(envelope):
-            self._turn.append((envelope, None))  # encoded if somebody turns out to want it
+        elif (
+            len(envelope.data) < SURE_BYTES
+            and not envelope.conn_ids
+            and len(envelope.topic) < SURE_BYTES
+            and envelope.topic.isascii()
+            and envelope.channel.isascii()
+        ):
+            self._turn.append((envelope, None))  # encoded if somebody turns out to want it, which cannot fail
         else:
             self._turn.append((envelope, wire.encode(envelope)))
         self._turn_bytes += len(envelope.data) + _ENVELOPE_COST

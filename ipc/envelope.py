@@ -139,17 +139,6 @@ def encode(envelope: Envelope) -> bytes:
     return encoded
 
 
-def is_surely_encodable(envelope: Envelope) -> bool:
-    """True when :func:`encode` cannot refuse this one, so that it may wait until somebody wants it."""
-    return (
-        len(envelope.data) < MAX_ENVELOPE // 2
-        and not envelope.conn_ids
-        and len(envelope.topic) < BATCH_TARGET
-        and envelope.topic.isascii()
-        and envelope.channel.isascii()
-    )
-
-
 def destination(slot: int, epoch: int) -> bytes:
     """What the inbox of (slot, epoch) subscribes to; the first bytes of every frame for it."""
     return _DESTINATION.pack(slot, epoch & 0xFFFFFFFF)

@@ -145,12 +145,17 @@ class Fanout:
         self._runs = []
         self._last = None
         self._turn_bytes = 0
+        messages = deliveries = size = 0
         for run in runs:
             frames, sinks = run.frames, len(run.targets)
-            data = run.data = frames[0] if len(frames) == 1 else b"".join(frames)
-            self.messages += len(frames)
-            self.deliveries += sinks * len(frames)
-            self.bytes += sinks * len(data)
+            count = len(frames)
+            data = run.data = frames[0] if count == 1 else b"".join(frames)
+            messages += count
+            deliveries += sinks * count
+            size += sinks * len(data)
+        self.messages += messages
+        self.deliveries += deliveries
+        self.bytes += size
         if len(runs) == 1:
             self._write_run(runs[0])
         else:

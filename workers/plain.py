@@ -75,18 +75,32 @@ class PlainSession:
         if not is_text:
             connection.close_soon(*codes.UNSUPPORTED_DATA)
             return
+        manager = self._manager
         try:
             if payload[: self._length] == self._beginning and (data := self._rest(payload)):
-                room = self._publish(self._topic, data)
+                connection.errors = 0
+                accepted = manager.publish_checked(self._topic, data)
+                if accepted is DONE:
+                    return
+                room = self._tell(accepted)
             else:
                 room = self._read(payload)
+        except BusFull as exc:
+            connection.answer_error(str(exc), ErrorCode.INTERNAL)
+            room = False
+        except EnvelopeTooBig as exc:
+            connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
+            return
+        except ValueError as exc:
+            connection.answer_error(f"the data cannot be passed on: {exc}", ErrorCode.BAD_REQUEST)
+            return
         except Exception:
             # Whatever it was: neither this connection nor the process shall end by it.
             logger.exception("a client's message could not be served")
             connection.answer_error(ErrorCode.INTERNAL.message, ErrorCode.INTERNAL)
             return
         if not room:
-            connection.hold_reading(HOLD_BUS, self._manager.transport.on_clear)
+            connection.hold_reading(HOLD_BUS, manager.transport.on_clear)
 
     def _rest(self, payload: bytes) -> bytes:
         """What a publication that begins like the last one passes on; empty if there is more to it than that.
@@ -130,31 +144,25 @@ class PlainSession:
         try:
             written = message["topic"]
             topic = _decode_text(written)
-            if manager.publishable.get(topic) or manager.clients_may_publish(topic):
-                self._learn(payload, bytes(written), topic)
-                data = {name: value for name, value in message.items() if name not in _OURS}
-                return self._publish(topic, jsontext.encode_members(data))
+            if not manager.clients_may_publish(topic):
+                return handle_message(manager, self._connection, message)
+            data = jsontext.encode_members({name: message[name] for name in message if name not in _OURS})
         except (KeyError, ValueError, msgspec.DecodeError):
-            pass  # what is wrong is found, and told, below
-        return handle_message(manager, self._connection, message)
+            # What is wrong is found there, and told.
+            return handle_message(manager, self._connection, message)
+        self._learn(payload, bytes(written), topic)
+        self._connection.errors = 0
+        return self._tell(manager.publish_checked(topic, data))
 
-    def _publish(self, topic: str, data: bytes) -> bool:
-        connection, manager = self._connection, self._manager
-        connection.errors = 0
-        try:
-            accepted = manager.publish_checked(topic, data)
-        except BusFull as exc:
-            connection.answer_error(str(exc), ErrorCode.INTERNAL)
-            return False
-        except EnvelopeTooBig as exc:
-            connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
-            return True
+    def _tell(self, accepted: Accepted) -> bool:
+        """See that the client is told what it has to know; False when it should not be read for a while."""
         if accepted is DONE:
             return True
         if isinstance(accepted, Storing):
+            connection = self._connection
             accepted.when_done(lambda result: _tell_stored(connection, _UNSET, result))
-            return not manager.transport.congested
-        return isinstance(accepted, Taking) and not manager.transport.congested
+            return not self._manager.transport.congested
+        return isinstance(accepted, Taking) and not self._manager.transport.congested
 
 
 def handle_message(manager: WebSocketManager, connection: Connection, data: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import uvloop
 
 from ipc import envelope as wire
 from ipc.board import Counter, SlotState
+from ipc.bus import SURE_BYTES
 from ipc.envelope import BROADCAST, DIRECT, Envelope, EnvelopeTooBig
 from ipc.interest import InterestKind
 from ipc.peer import BusClosed, Peer
@@ -195,6 +196,10 @@ def test_alone_on_the_bus_what_cannot_travel_is_refused_all_the_same(tmp_path: P
                 a.publish(topic("t", bytes(wire.MAX_ENVELOPE)))
             with pytest.raises(ValueError, match="surrogates"):
                 a.publish(topic("\ud800"))
+            # What might fail to be encoded is encoded at once.
+            a.publish(topic("é"))
+            a.publish(topic("t" * (SURE_BYTES + 1)))
+            assert [encoded is None for _, encoded in a.bus._turn] == [True, False, False]
 
     run(main())
 

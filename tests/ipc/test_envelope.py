@@ -119,12 +119,6 @@ def test_what_cannot_travel_is_refused_where_it_is_published() -> None:
         wire.encode(Envelope(0, "hub", "\ud800", b""))
 
 
-@given(envelopes)
-def test_what_is_surely_encodable_is_encoded(envelope: Envelope) -> None:
-    if wire.is_surely_encodable(envelope):
-        wire.encode(envelope)
-
-
 def test_deep_nesting_does_not_recurse_out() -> None:
     good, bad = wire.decode_batch(data_frame(b"\x91" * 100_000, count=1))
     assert (good, bad) == ([], 1)
