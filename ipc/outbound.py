@@ -33,6 +33,8 @@ __all__ = ["Key", "Link", "Outbound", "Waiter"]
 
 _ROUTES = 16384
 _LONGEST_TAIL = 32.0
+_ALONE = 0.5
+"""Seconds after a heartbeat, half of :data:`ipc.bus.STALE_HEARTBEAT`."""
 
 # As plain numbers: the enumerations cost more than the calls.
 _EVENTS = int(zmq.EVENTS)
@@ -74,6 +76,11 @@ class Outbound:
         if federates is not None:
             held = Link(NO_SLOT, 0, "", backlog, 0, 0, keep=True)
             self.federation = Federation(federates, slot, self._epoch, held)
+        self.alone_until = 0.0
+        """By the monotonic clock: until then nobody else is there, nor anybody on other hosts, and nobody need look.
+
+        Whoever joins waits for our answer, for which it has a link here, unless our heart has not beaten for a second.
+        """
         self._seen = b""
         self._members: set[Key] = set()
         self._routes: dict[tuple[str, str], tuple[Link, ...]] = {}
@@ -123,6 +130,7 @@ class Outbound:
             keep=bridge,
         )
         self.links[link.key] = link
+        self.alone_until = 0.0
         self._unready.add(link.key)
         if bridge and self.federation is not None and self.federation.arrived(link):
             self._advance(link)
@@ -237,15 +245,10 @@ class Outbound:
 
     # -- on the way ------------------------------------------------------------------------------------------------
 
-    def is_alone(self) -> bool:
-        """Nobody else is there, and nobody on other hosts is to be told."""
-        if self._board.full_words() != self._seen:
-            self.refresh()
-        return not self.links and self.federation is None
-
     def send(self, entries: Iterable[tuple[Envelope, bytes | None]]) -> None:
         """Send envelopes (with their encoded form, when there is one yet) to whom they concern, in this order."""
-        if self.is_alone():
+        self.refresh()
+        if not self.links and self.federation is None:
             return
         touched: dict[Key, Link] = {}
         known = self._routes.get
@@ -412,6 +415,8 @@ class Outbound:
     def tick(self, now: float) -> None:
         """A few times a second: look at everybody, judge who stands still, repeat last numbers."""
         self.refresh()
+        if not self.links and self.federation is None:
+            self.alone_until = self._record.heartbeat / 1e9 + _ALONE
         for link in tuple(self.links.values()):
             self.read_credit(link)
             self._observe(link, now)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,5 +204,38 @@ def test_a_successor_in_a_slot_gets_nothing_of_its_predecessors(
             assert totals[Counter.BUS_SENT] == 61
             assert totals[Counter.BUS_GAPS] == 0
             await successor.close()
+
+    run(main())
+
+
+def test_who_is_alone_looks_again_after_each_heartbeat(tmp_path: Path) -> None:
+    """Alone, nothing is kept for anybody; from a joiner's first moment on everything is."""
+
+    async def main() -> None:
+        async with peers(tmp_path / "hub", 1) as (a,):
+            outbound = a.bus.outbound
+            await until_async(lambda: outbound.alone_until > time.monotonic())
+            a.publish(topic("t", b"to nobody"))
+            assert not a.bus._turn
+            outbound.alone_until = time.monotonic() - 1  # its loop has stood still
+            a.publish(topic("t", b"before"))
+            assert len(a.bus._turn) == 1
+            await asyncio.sleep(0)
+            opening = asyncio.ensure_future(open_peer(tmp_path / "hub"))
+            number = 0
+            while not opening.done():
+                a.publish(topic("t", b"%d" % number))
+                number += 1
+                await asyncio.sleep(0)
+            b = await opening
+            assert outbound.alone_until == 0.0
+            inbox = Inbox(b)
+            b.interest_add(InterestKind.EXACT, "hub", "t")
+            a.publish(topic("t", b"first"))
+            await asyncio.sleep(0)
+            await settled(a)
+            assert inbox.data == [b"first"]
+            await b.close()
+            await until_async(lambda: outbound.alone_until > time.monotonic())
 
     run(main())
