@@ -166,13 +166,28 @@ def test_topics_in_turns_and_with_escapes() -> None:
     assert manager.published == [(names[number % 5], {"n": number}) for number in range(40)]
 
 
-def test_it_is_taken_and_costs_no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def passed_on(payload: bytes, times: int, monkeypatch: pytest.MonkeyPatch, last_long: bool) -> list[bytes]:
+    """The texts that are published; without ``last_long`` the last message may not be taken apart."""
     learned, manager, _ = session()
-    for spaced in (False, True):
-        ours = [('"type"', '"send"'), ('"topic"', f'"{TOPIC}"'), ('"n"', "1")]
-        learned.on_message(written(spaced, ours), True)
-        learned.on_message(written(spaced, ours), True)
-        with monkeypatch.context() as patch:
-            patch.setattr(PlainSession, "_read", None)
-            learned.on_message(written(spaced, ours), True)
-    assert manager.published == [(TOPIC, {"n": 1})] * 6
+    texts: list[bytes] = []
+
+    def take(topic: str, data: bytes) -> object:
+        texts.append(data)
+        return DONE
+
+    monkeypatch.setattr(manager, "publish_checked", take)
+    for number in range(times):
+        if number == times - 1 and not last_long:
+            monkeypatch.setattr(PlainSession, "_read", None)
+        learned.on_message(payload, True)
+    return texts
+
+
+def test_it_is_taken_and_passes_on_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = b'{"type":"send","topic":"room/1","n":1,"o":{"a": [1, 2]}}'
+    assert passed_on(payload, 3, monkeypatch, False) == [b'{"n":1,"o":{"a": [1, 2]}}'] * 3
+
+
+def test_written_with_spaces_it_goes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = b'{"type": "send", "topic": "a", "n": 1}'
+    assert passed_on(payload, 4, monkeypatch, True) == [b'{"n":1}'] * 4
