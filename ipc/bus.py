@@ -15,7 +15,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from time import monotonic
 
 import zmq
 
@@ -245,7 +244,7 @@ class Bus:
             and envelope.topic.isascii()
             and envelope.channel.isascii()
         ):
-            if monotonic() < self.outbound.alone_until and not self._turn:
+            if time.monotonic() < self.outbound.alone_until and not self._turn:
                 return
             self._turn.append((envelope, None))  # encoded if somebody turns out to want it, which cannot fail
         else:
@@ -259,7 +258,7 @@ class Bus:
 
     def publish_stored(self, envelopes: Iterable[Envelope]) -> None:
         """As :meth:`publish`, and it leaves now; what cannot be taken the others find in the log."""
-        if not self._open or (not self._turn and monotonic() < self.outbound.alone_until):
+        if not self._open or (not self._turn and time.monotonic() < self.outbound.alone_until):
             return
         scheduled, self._flush_scheduled = self._flush_scheduled, True
         for envelope in envelopes:

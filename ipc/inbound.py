@@ -139,33 +139,35 @@ class Inbound:
         return True
 
     def read_shortcut(self) -> None:
-        """Take in what came the short way; its descriptor tells again of what is left."""
-        receive = self._shortcut.receive
-        size = 0
-        while size < BYTES_A_TURN and (message := receive()):
-            self._take_in(message, True)
-            size += len(message)
+        """Take in what came the short way, up to a turn's worth; its descriptor tells again of what is left."""
+        end = time.monotonic() + SECONDS_A_TURN
+        for _ in range(BATCHES_A_TURN):
+            if not self._take_datagram() or time.monotonic() > end:
+                break
 
     def _drain_shortcut(self) -> None:
         """Take in all that was sent the short way before what has just come through the mesh."""
-        receive = self._shortcut.receive
         for _ in range(_DATAGRAMS):
-            message = receive()
-            if not message:
+            if not self._take_datagram():
                 break
-            self._take_in(message, True)
+
+    def _take_datagram(self) -> bool:
+        message = self._shortcut.receive()
+        if message:
+            self._take_in(message, through_mesh=False)
+        return bool(message)
 
     def _readable(self) -> bool:
         return bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]
 
-    def _take_in(self, message: bytes, shortly: bool = False) -> None:
+    def _take_in(self, message: bytes, through_mesh: bool = True) -> None:
         try:
             header = wire.parse_header(message)
         except BadFrame as error:
             self._invalid(_claimed_sender(message), 1, str(error))
             return
         sender = self._senders.get((header.slot, header.epoch)) or self._meet(header)
-        if not shortly and (sender is None or header.kind or header.number != sender.flow.number):
+        if through_mesh and (sender is None or header.kind or header.number != sender.flow.number):
             self._drain_shortcut()
         if sender is None:
             self._invalid(

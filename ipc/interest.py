@@ -49,29 +49,14 @@ Place = tuple[int, int]
 """Where a bit is in a map: (byte, mask)."""
 
 
-_beginnings: dict[str, tuple[bytes, ...]] = {}
-"""What is hashed begins like this, by channel and kind: there are few channels, and each connection asks."""
-_CHANNELS = 1024
-
-
-def _begin(channel: str) -> tuple[bytes, ...]:
-    if len(_beginnings) >= _CHANNELS:
-        _beginnings.clear()
-    name = channel.encode("utf-8", "surrogatepass")
-    # The length in front keeps ("a", "bc") and ("ab", "c") apart.
-    found = _beginnings[channel] = tuple(b"%d %d %b" % (kind, len(name), name) for kind in InterestKind)
-    return found
-
-
 def bucket(kind: int, channel: str, text: str) -> int:
     """The bit that stands for (kind, channel, text): 0 to 2^20 - 1, the same in every process.
 
     Texts that UTF-8 cannot express (lone surrogates) hash too; nothing is refused here.
     """
-    beginnings = _beginnings.get(channel)
-    if beginnings is None:
-        beginnings = _begin(channel)
-    said = beginnings[kind] + text.encode("utf-8", "surrogatepass")
+    name = channel.encode("utf-8", "surrogatepass")
+    # The length in front keeps ("a", "bc") and ("ab", "c") apart.
+    said = b"%d %d %b%b" % (kind, len(name), name, text.encode("utf-8", "surrogatepass"))
     return int.from_bytes(blake2b(said, digest_size=8).digest(), "big") % INTEREST_BITS
 
 

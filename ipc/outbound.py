@@ -322,7 +322,7 @@ class Outbound:
                     frame = wire.data_frame(
                         link.to, self._slot, self._epoch, number, envelopes, link.position, body
                     )
-                    if link.shortcut is None or not self._send_shortly(link, link.shortcut, frame):
+                    if link.shortcut is None or not self._send_short(link, link.shortcut, frame):
                         link.detour = number + envelopes
                         self._socket.send(frame, _DONTWAIT)
             elif not link.outbox or not self.read_credit(link):
@@ -334,7 +334,7 @@ class Outbound:
         if link.dropped != link.counted:
             self._count_dropped(link)
 
-    def _send_shortly(self, link: Link, shortcut: Shortcut, frame: bytes) -> bool:
+    def _send_short(self, link: Link, shortcut: Shortcut, frame: bytes) -> bool:
         """Send a frame the short way, unless that is full, or something before it may still be in the mesh."""
         if link.acked_number < link.detour and not (
             self.read_credit(link) and link.acked_number >= link.detour

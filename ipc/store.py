@@ -5,7 +5,8 @@ what is published is appended here first, under the next offset of the host, and
 reads it here: a client that comes back, a worker that sees a gap.
 
 This is the synchronous core, called on the event loop's thread. It never waits for a lock: a write transaction is
-begun only under the append lock, and when that is held elsewhere the answer is `StoreBusy` at once.
+begun only under the append lock, and when that is held elsewhere the answer is `StoreBusy` at once. (Reading waits up
+to 5 ms where another process is making the file larger, see ``store_map.py``.)
 ``store_append.py`` has the queue, the batches and the retries. Where things are: ``store_core.py`` opening, locking,
 committing, the bound on the size; ``store_records.py`` what is stored and its bytes; ``store_window.py`` a topic's
 record; ``store_writer.py`` appends, on ``store_changes.py`` a transaction, ``store_fold.py`` how the log gets into the

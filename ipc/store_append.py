@@ -32,8 +32,6 @@ _BATCH_BYTES = 4 << 20
 _MAINTENANCE_SECONDS = 1.0
 _WORK_BYTES = 256
 
-_CALLBACK_FAILED = "a callback of the store's queue failed"
-
 _log = logging.getLogger("ipc")
 
 # What is to be done, who is told, its weight in bytes.
@@ -158,10 +156,7 @@ class Appender:
             if alone is None:
                 self._tell_all(batch, results)
             else:
-                try:
-                    alone[1](result)
-                except Exception:
-                    _log.exception(_CALLBACK_FAILED)
+                self._tell(alone, result)
         if not self._queue:
             self._tries.clear()
         elif self._flush_handle is None:
@@ -239,7 +234,7 @@ class Appender:
         try:
             item[1](result)
         except Exception:
-            _log.exception(_CALLBACK_FAILED)
+            _log.exception("a callback of the store's queue failed")
 
     # Housekeeping ----------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ takes a quarter of the time. But who touches a page of a map for which a full tm
 So the pages are allocated before they are mapped: the map ends where the file does, all of the file is allocated, and
 LMDB's "map full" is the sign to allocate more, which on a full file system fails with words.
 
-To map the file anew LMDB cuts or stretches it to the size of the map (``ftruncate``). Whoever does so holds the file's
-``flock`` and takes the size from the file, so that nobody cuts off what another process has just added.
+To map the file anew LMDB cuts or stretches it to the size of the map (``ftruncate``). So nobody follows while another
+process makes the file larger (a ``flock`` on it, which those who follow share): it could cut off what was just added.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from typing import TYPE_CHECKING
 
 from ipc.store_records import StoreBusy
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from lmdb import Environment
 
 SMALLEST_STEP = 256 << 10
-"""What a new store is given, in bytes, and at least more at a time; a quarter more than it has, up to"""
+"""Bytes of a new store. A store grows by a quarter, by this at least."""
 LARGEST_STEP = 8 << 20
-"""since the event loop stands still while pages are allocated, a millisecond or two."""
-_WAIT = 0.05
-"""Seconds to wait for a process that is just making the file larger, which takes a few milliseconds."""
+"""And by this at most: the event loop stands still while pages are allocated, a millisecond or two."""
+_WAIT = 0.005
+"""Seconds that who reads waits for a process that is just making the file larger."""
 
 
 def is_in_memory(path: str) -> bool:
@@ -69,9 +69,9 @@ def grow(env: Environment, fd: int, bound: int) -> bool:
 
     Raises:
         OSError: there is no room; everything is as it was.
-        StoreBusy: another process has been at it for too long.
+        StoreBusy: another process is mapping it; try again.
     """
-    with _locked(fd):
+    with _locked(fd, LOCK_EX, 0):
         size = os.fstat(fd).st_size
         if size <= env.info()["map_size"]:
             if size >= bound:
@@ -85,9 +85,9 @@ def follow(env: Environment, fd: int) -> None:
     """Map all of the file, which another process has made larger. With no transaction open in this process.
 
     Raises:
-        StoreBusy: that process has been at it for too long.
+        StoreBusy: a process has been making it larger for too long.
     """
-    with _locked(fd):
+    with _locked(fd, LOCK_SH, _WAIT):
         env.set_mapsize(os.fstat(fd).st_size)
 
 
@@ -105,14 +105,14 @@ def _allocate_more(fd: int, size: int, most: int) -> int:
 
 
 @contextmanager
-def _locked(fd: int) -> Iterator[None]:
-    deadline = time.monotonic() + _WAIT
+def _locked(fd: int, kind: int, wait: float) -> Iterator[None]:
+    deadline = time.monotonic() + wait
     while True:
         try:
-            flock(fd, LOCK_EX | LOCK_NB)
+            flock(fd, kind | LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise StoreBusy("another process is making the store larger") from None
             time.sleep(0.0005)  # the kernel can wait for a lock only without a time-out
     try:

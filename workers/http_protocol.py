@@ -38,7 +38,7 @@ class HttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._head_bytes = self._chunk = 0
+        self._head_bytes = 0
         self._in_head = False
         self._changed: Callable[[], None] = getattr(server_state, "changed", nothing)
         self._taken: Callable[[int], None] = getattr(server_state, "taken", _nobody_counts)
@@ -73,7 +73,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        self._chunk = len(data)
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
             # httptools reports a header only when it is whole, and bounds nothing itself.
@@ -92,13 +91,9 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._deadlines.clear(self)
-        if self._head_bytes + self._chunk > MAX_HEAD_BYTES and self._head_size() > MAX_HEAD_BYTES:
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             raise ValueError("request head over the limit")  # the parser turns it into a 400
         super().on_headers_complete()
-
-    def _head_size(self) -> int:
-        """Bytes of the request's target and headers; what came with them may have been more."""
-        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
     def _get_upgrade(self) -> bytes | None:
         """uvicorn asks three times for each request, whose headers do not change."""

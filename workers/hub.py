@@ -118,7 +118,7 @@ class _Hub:
         connection = self._register(websocket, conn_id)
         query = websocket.scope["query_string"]
         if query:
-            await self._begin(connection, _parse_query(query.decode("latin-1")))
+            await self._begin(connection, parse_qsl(query.decode("latin-1"), True))
         await manager.accept(connection)
         session = PlainSession(manager, connection)
         if connection.serve(session.on_message):
@@ -240,11 +240,3 @@ async def _refuse(websocket: WebSocket, status: int, words: str) -> None:
         )
     else:
         await websocket.close(1008, words)
-
-
-def _parse_query(query: str) -> list[tuple[str, str]]:
-    """As :func:`urllib.parse.parse_qsl` with blank values, which takes its time for what is written as it is meant."""
-    if "%" in query or "+" in query:
-        return parse_qsl(query, True)
-    parts = [member.partition("=") for member in query.split("&") if member]
-    return [(name, value) for name, _, value in parts]

@@ -18,7 +18,7 @@ from starlette.websockets import WebSocket
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope
 from ipc.interest import interest_in
 from ipc.peer import InterestKind
-from ipc.rules import Rules
+from ipc.rules import DEFAULT_SLOW_POLICY, Rules
 from ipc.topics import InvalidTopic, check_topic
 from workers import jsontext
 from workers.broker_interface import BrokerInterface, is_valid_broker
@@ -435,42 +435,40 @@ class WebSocketManager(Keeping):
         if self._scattered or fanout.thread != get_ident():
             deliver_elsewhere(envelopes, self._targets, self.rules.slow_consumer)
             return
-        policy = self._policy
+        find_policy = self._policy
         if len(envelopes) == 1 and envelopes[0].kind == TOPIC:
             # What is published here comes alone.
             topic, data = envelopes[0].topic, envelopes[0].data
             targets = self._index.match(topic)
             if targets:
                 frame = HEADS[len(data)] + data if len(data) < 1024 else text_frame(data)
-                fanout.send_frames(targets, [frame], "close" if policy is None else policy(topic), topic)
+                policy = DEFAULT_SLOW_POLICY if find_policy is None else find_policy(topic)
+                fanout.send_frames(targets, [frame], policy, topic)
             return
-        topic, targets = "", ()  # no topic is empty
         frames: list[bytes] = []
+        topic, targets, policy = "", (), DEFAULT_SLOW_POLICY  # no topic is empty
         for envelope in envelopes:
             kind = envelope.kind
-            if kind == TOPIC:
-                if envelope.topic != topic:  # messages to one topic come in runs
-                    if frames:
-                        fanout.send_frames(
-                            targets, frames, "close" if policy is None else policy(topic), topic
-                        )
-                        frames = []
+            if kind != TOPIC or envelope.topic != topic:  # messages to one topic come in runs
+                if frames:
+                    fanout.send_frames(targets, frames, policy, topic)
+                    frames = []
+                topic, targets = "", ()
+                if kind == TOPIC:
                     topic = envelope.topic
                     targets = self._index.match(topic)
-                if targets:
-                    data = envelope.data
-                    size = len(data)
-                    frames.append(HEADS[size] + data if size < 1024 else text_frame(data))
-                continue
-            if frames:
-                fanout.send_frames(targets, frames, "close" if policy is None else policy(topic), topic)
-                frames, topic = [], ""
-            if kind == BROADCAST:
-                fanout.send(self._all_sinks(), envelope.data)
-            elif kind == DIRECT:
-                fanout.send(self._sinks_of(envelope.conn_ids), envelope.data)
+                    if find_policy is not None:
+                        policy = find_policy(topic)
+                elif kind == BROADCAST:
+                    fanout.send(self._all_sinks(), envelope.data)
+                elif kind == DIRECT:
+                    fanout.send(self._sinks_of(envelope.conn_ids), envelope.data)
+            if targets:
+                data = envelope.data
+                size = len(data)
+                frames.append(HEADS[size] + data if size < 1024 else text_frame(data))
         if frames:
-            fanout.send_frames(targets, frames, "close" if policy is None else policy(topic), topic)
+            fanout.send_frames(targets, frames, policy, topic)
 
     def _targets(self, envelope: Envelope) -> tuple[AnySink, ...]:
         if envelope.kind == TOPIC:

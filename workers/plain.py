@@ -19,7 +19,7 @@ from workers import codes, jsontext
 from workers.codes import ErrorCode
 from workers.limited_protocol import HOLD_BUS
 from workers.stored import Result, Storing, refusal
-from workers.transport import DONE, Accepted, Taking
+from workers.transport import DONE, Accepted, Taking, Unpublishable
 
 if TYPE_CHECKING:
     from workers.connection import Connection
@@ -91,7 +91,7 @@ class PlainSession:
         except EnvelopeTooBig as exc:
             connection.answer_error(str(exc), ErrorCode.BAD_REQUEST)
             return
-        except ValueError as exc:
+        except Unpublishable as exc:
             connection.answer_error(f"the data cannot be passed on: {exc}", ErrorCode.BAD_REQUEST)
             return
         except Exception:

@@ -38,23 +38,20 @@ class Storing(Accepted):
         StoreError: it could not be stored, and was delivered to nobody.
     """
 
-    __slots__ = ("_callback", "_more", "_result", "_topic")
+    __slots__ = ("_callbacks", "_result", "_topic")
 
     def __init__(self, topic: str) -> None:
         self._wait = None
         self._topic = topic
         self._result: Result | None = None
-        self._callback: Callable[[Result], None] | None = None
-        self._more: list[Callable[[Result], None]] | None = None
+        self._callbacks: list[Callable[[Result], None]] | None = None
 
     def finish(self, result: Result) -> None:
         """It was stored, or was not."""
         self._result = result
-        callback, self._callback = self._callback, None
-        if callback is not None:
-            callback(result)
-            more, self._more = self._more, None
-            for callback in more or ():
+        callbacks, self._callbacks = self._callbacks, None
+        if callbacks:
+            for callback in callbacks:
                 callback(result)
         elif isinstance(result, StoreError):
             logger.warning("a message to %r was not stored, and so not delivered: %s", self._topic, result)
@@ -62,10 +59,9 @@ class Storing(Accepted):
     def when_done(self, callback: Callable[[Result], None]) -> None:
         """Call back with its position or the error, from the loop, or at once if it is known."""
         if self._result is None:
-            if self._callback is None:
-                self._callback = callback
-            else:
-                self._more = [*(self._more or ()), callback]
+            if self._callbacks is None:
+                self._callbacks = []
+            self._callbacks.append(callback)
         else:
             callback(self._result)
 

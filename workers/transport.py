@@ -309,16 +309,20 @@ class BrokerTransport:
             logger.debug("left out a message of the broker on channel %r: %r", self.channel, exc)
 
 
+class Unpublishable(ValueError):
+    """Data that the wire format of a broker cannot carry."""
+
+
 _WIRE_KEYS: Final = frozenset({"type", "topic", "conn_id"})
 
 
 def _to_wire(envelope: Envelope) -> dict[str, Any]:
     data = jsontext.decode(envelope.data)
     if not isinstance(data, dict):
-        raise ValueError(f"through this broker only objects can be published, not {type(data).__name__}")
+        raise Unpublishable(f"through this broker only objects can be published, not {type(data).__name__}")
     taken = sorted(data.keys() & _WIRE_KEYS)
     if taken:
-        raise ValueError(
+        raise Unpublishable(
             f"through this broker data may not have the keys {', '.join(taken)}: its wire format has them"
         )
     if envelope.kind == BROADCAST:
