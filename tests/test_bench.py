@@ -133,10 +133,13 @@ def test_crossing_is_what_the_far_subscriber_adds() -> None:
     events: dict[str, Any] = {
         "latency-near": {"latency_us": latency},
         "latency-far": {"latency_us": {"p50": 180.0, "p99": 290.0}},
+        "awake-near": {"latency_us": latency},
+        "awake-far": {"latency_us": {"p50": 140.0, "p99": 290.0}},
         "cross": {"sent": 1000, "seconds": 2.0},
     }
     found = differences(measured({"near": (5.0, 0.0), "near more": (17.0, 0.0), "cross": (5.5, 2.0)}, events))
     assert (found["send_cpu_us"], found["receive_cpu_us"], found["added_p50_us"]) == (0.5, 0.5, 80.0)
+    assert found["awake_added_p50_us"] == 40.0
 
 
 def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -56,8 +56,6 @@ class Run(msgspec.Struct, gc=False):
     policy: SlowPolicy
     topic: str
     frames: list[bytes]
-    data: bytes = b""
-    """All frames as the bytes of one write, once the turn has ended."""
 
 
 class Sink(Protocol):
@@ -145,17 +143,6 @@ class Fanout:
         self._runs = []
         self._last = None
         self._turn_bytes = 0
-        messages = deliveries = size = 0
-        for run in runs:
-            frames, sinks = run.frames, len(run.targets)
-            count = len(frames)
-            data = run.data = frames[0] if count == 1 else b"".join(frames)
-            messages += count
-            deliveries += sinks * count
-            size += sinks * len(data)
-        self.messages += messages
-        self.deliveries += deliveries
-        self.bytes += size
         if len(runs) == 1:
             self._write_run(runs[0])
         else:
@@ -163,16 +150,21 @@ class Fanout:
 
     def _write_run(self, run: Run) -> None:
         """The only run of a turn: the same bytes for all."""
-        data, policy = run.data, run.policy
+        frames, policy, targets = run.frames, run.policy, run.targets
+        count = len(frames)
+        data = frames[0] if count == 1 else b"".join(frames)
         size = len(data)
+        self.messages += count
+        self.deliveries += count * len(targets)
+        self.bytes += size * len(targets)
         write = os.write
-        for sink in run.targets:
+        for sink in targets:
             fd = sink.fd
             if fd < 0:
                 if policy == "close":
                     sink.write(data)
                 else:
-                    sink.write_each(run.frames, policy, run.topic)
+                    sink.write_each(frames, policy, run.topic)
                 continue
             try:
                 sent = write(fd, data)
@@ -183,17 +175,24 @@ class Fanout:
 
     def _write_runs(self, runs: list[Run]) -> None:
         """Several runs: each client's are put together in sequence, so that it is written once."""
+        messages = deliveries = size = 0
         touched: list[Sink] = []
         for run in runs:
-            data, policy = run.data, run.policy
-            for sink in run.targets:
-                if policy != "close":
+            frames, targets = run.frames, run.targets
+            count, sinks = len(frames), len(targets)
+            data = frames[0] if count == 1 else b"".join(frames)
+            messages += count
+            deliveries += count * sinks
+            size += len(data) * sinks
+            if run.policy != "close":
+                for sink in targets:
                     _write_pending(sink)
                     if sink.fd < 0:
-                        sink.write_each(run.frames, policy, run.topic)
+                        sink.write_each(frames, run.policy, run.topic)
                     else:
-                        _write(sink, data, policy)
-                    continue
+                        _write(sink, data, run.policy)
+                continue
+            for sink in targets:
                 pending = sink.pending
                 if pending is None:
                     sink.pending = data
@@ -202,6 +201,9 @@ class Fanout:
                     pending.append(data)
                 else:
                     sink.pending = [pending, data]  # type: ignore[list-item]
+        self.messages += messages
+        self.deliveries += deliveries
+        self.bytes += size
         write = os.write
         for sink in touched:
             fd, pending = sink.fd, sink.pending

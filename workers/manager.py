@@ -436,11 +436,12 @@ class WebSocketManager(Keeping):
             deliver_elsewhere(envelopes, self._targets, self.rules.slow_consumer)
             return
         find_policy = self._policy
-        if len(envelopes) == 1 and envelopes[0].kind == TOPIC:
+        if len(envelopes) == 1 and (envelope := envelopes[0]).kind == TOPIC:
             # What is published here comes alone.
-            topic, data = envelopes[0].topic, envelopes[0].data
+            topic = envelope.topic
             targets = self._index.match(topic)
             if targets:
+                data = envelope.data
                 frame = HEADS[len(data)] + data if len(data) < 1024 else text_frame(data)
                 policy = DEFAULT_SLOW_POLICY if find_policy is None else find_policy(topic)
                 fanout.send_frames(targets, [frame], policy, topic)
