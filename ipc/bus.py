@@ -75,7 +75,7 @@ class Bus:
         self._record = runtime.board.record(slot)
         self._slot = slot
         self.backlog = backlog
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         with contextlib.ExitStack() as opened:
             # No more descriptors, say: what was opened by then must not stay.
@@ -121,9 +121,9 @@ class Bus:
 
     async def start(self) -> None:
         """Join; ready on return: what anybody publishes from now on arrives, both ways."""
-        self._loop.add_reader(self.inbound.fd, self._on_inbox)
-        self._loop.add_reader(self.inbound.shortcut_fd, self._on_shortcut)
-        self._loop.add_reader(self.outbound.fd, self._on_outbound)
+        self.loop.add_reader(self.inbound.fd, self._on_inbox)
+        self.loop.add_reader(self.inbound.shortcut_fd, self._on_shortcut)
+        self.loop.add_reader(self.outbound.fd, self._on_outbound)
         self._record.state = SlotState.JOINING
         self._tick()
         self._on_inbox()
@@ -198,10 +198,10 @@ class Bus:
         if not self._open:
             return
         self._open = False
-        if not self._loop.is_closed():
-            self._loop.remove_reader(self.inbound.fd)
-            self._loop.remove_reader(self.inbound.shortcut_fd)
-            self._loop.remove_reader(self.outbound.fd)
+        if not self.loop.is_closed():
+            self.loop.remove_reader(self.inbound.fd)
+            self.loop.remove_reader(self.inbound.shortcut_fd)
+            self.loop.remove_reader(self.outbound.fd)
         for timer in (self._poll_timer, self._tick_timer):
             if timer is not None:
                 timer.cancel()
@@ -223,13 +223,21 @@ class Bus:
         """
         if not self._open:
             raise BusClosed("the bus of this process is closed")
-        if self.congested and self.outbound.fullest > 2 * self.backlog:
+        outbound = self.outbound
+        if (
+            not self._turn
+            and time.monotonic() < outbound.alone_until
+            and len(envelope.data) < SURE_BYTES
+            and not envelope.conn_ids
+        ):
+            return  # there is nobody else
+        if self.congested and outbound.fullest > 2 * self.backlog:
             if envelope.offset:
                 # The others of this host find it in the store; other hosts must get it from us, in order.
                 self._flush()
-                self.outbound.to_bridge(envelope)
-            raise BusFull(f"{self.outbound.fullest} bytes wait for a peer; await what you send")
-        federation = self.outbound.federation
+                outbound.to_bridge(envelope)
+            raise BusFull(f"{outbound.fullest} bytes wait for a peer; await what you send")
+        federation = outbound.federation
         if federation is not None:
             federation.number(envelope)
             try:
@@ -244,8 +252,6 @@ class Bus:
             and envelope.topic.isascii()
             and envelope.channel.isascii()
         ):
-            if time.monotonic() < self.outbound.alone_until and not self._turn:
-                return
             self._turn.append((envelope, None))  # encoded if somebody turns out to want it, which cannot fail
         else:
             self._turn.append((envelope, wire.encode(envelope)))
@@ -254,7 +260,7 @@ class Bus:
             self._flush()
         elif not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._end_of_turn)
+            self.loop.call_soon(self._end_of_turn)
 
     def publish_stored(self, envelopes: Iterable[Envelope]) -> None:
         """As :meth:`publish`, and it leaves now; what cannot be taken the others find in the log."""
@@ -292,7 +298,7 @@ class Bus:
         """Something waits in an outbox: judge the congestion, look at the credits soon."""
         self._judge()
         if self._poll_timer is None and self.outbound.urgent and self._open:
-            self._poll_timer = self._loop.call_later(POLL, self._poll)
+            self._poll_timer = self.loop.call_later(POLL, self._poll)
 
     def _poll(self) -> None:
         self._poll_timer = None
@@ -322,7 +328,7 @@ class Bus:
         if self.congested and self._open:
             self._when_clear.append(callback)
         else:
-            self._loop.call_soon(callback)
+            self.loop.call_soon(callback)
 
     # -- in --------------------------------------------------------------------------------------------------------
 
@@ -345,7 +351,7 @@ class Bus:
         if more and not self._read_scheduled:
             # The descriptor will not tell again of what is there already.
             self._read_scheduled = True
-            self._loop.call_soon(self._on_inbox)
+            self.loop.call_soon(self._on_inbox)
 
     def _on_shortcut(self) -> None:
         if self._open:
@@ -371,7 +377,7 @@ class Bus:
 
     def _on_change(self, link: Link) -> None:
         self._changed.set()
-        self._loop.call_soon(self.on_loss)
+        self.loop.call_soon(self.on_loss)
 
     def _on_control(self, header: Header) -> None:
         key = (header.slot, header.epoch)
@@ -411,7 +417,7 @@ class Bus:
         if not self._open:
             return
         # First of all, so that nothing that goes wrong below ends the housekeeping.
-        self._tick_timer = self._loop.call_later(TICK, self._tick)
+        self._tick_timer = self.loop.call_later(TICK, self._tick)
         self._record.beat()
         self._runtime.reap_dead()
         self.outbound.tick(time.monotonic())

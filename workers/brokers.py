@@ -18,6 +18,7 @@ from threading import get_ident
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from ipc.bus import Bus
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope
 from ipc.peer import InterestKind, Peer, PeerKind
 from ipc.runtime import default_runtime_dir
@@ -225,7 +226,7 @@ class IpcBroker(DirectBroker):
         self.path = path or default_runtime_dir(None)
         self.peer: Peer | None = None
         self._gauges: Gauges | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bus: Bus | None = None
         self._thread = 0
 
     def channels(self) -> dict[str, list[_Member]]:
@@ -245,7 +246,7 @@ class IpcBroker(DirectBroker):
                 self.path, kind=PeerKind.APPLICATION, rules=settings.rules, bus_backlog=settings.bus_backlog
             )
             self._gauges = Gauges(self.peer)
-            self._loop = asyncio.get_running_loop()
+            self._bus = self.peer.bus
             self._thread = get_ident()
 
     async def disconnect(self) -> None:
@@ -253,7 +254,7 @@ class IpcBroker(DirectBroker):
             await self.unsubscribe(channel)
         if self._gauges is not None:
             self._gauges.stop()
-        peer, self.peer = self.peer, None
+        peer, self.peer, self._bus = self.peer, None, None
         if peer is not None:
             await peer.close()
 
@@ -271,14 +272,13 @@ class IpcBroker(DirectBroker):
             self.peer.detach(channel)
 
     def to_others(self, envelope: Envelope) -> bool:
-        peer = self.peer
-        if peer is None or self._loop is None:
+        bus = self._bus
+        if bus is None:
             self.channels()  # says that this broker is not connected
             return False
-        bus = peer.bus
         if get_ident() != self._thread:
             # A thread of the application's, in which an endpoint without "async" runs.
-            self._loop.call_soon_threadsafe(bus.publish, envelope)
+            bus.loop.call_soon_threadsafe(bus.publish, envelope)
             return False
         bus.publish(envelope)
         return bus.congested

@@ -120,14 +120,15 @@ class Fanout:
         if last is not None and last.targets is targets and last.topic == topic:
             last.frames += frames
         elif targets:
-            if not self._runs:
+            if last is None:
                 self.loop.call_soon(self._end_of_turn)
             last = self._last = Run(targets, policy, topic, frames)
             self._runs.append(last)
         else:
             return
-        self._turn_bytes += len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
-        if self._turn_bytes > MAX_TURN_BYTES:
+        size = self._turn_bytes + (len(frames[0]) if len(frames) == 1 else sum(map(len, frames)))
+        self._turn_bytes = size
+        if size > MAX_TURN_BYTES:
             self.crowded = True
             self.flush()
 

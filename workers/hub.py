@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
@@ -29,6 +29,7 @@ from workers.brokers import IpcBroker
 from workers.centrifuge_hooks import CentrifugeHooks
 from workers.centrifuge_hub import CentrifugeHub
 from workers.connection import Connection
+from workers.cross_origin import CrossOriginMiddleware
 from workers.envelopes import EnvelopeFeed
 from workers.events import events_response
 from workers.manager import WebSocketManager
@@ -74,6 +75,7 @@ class _HubApplication(Starlette):
             ],
             lifespan=hub.lifespan,
         )
+        self._http = CrossOriginMiddleware(super().__call__, hub.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket" and not self.user_middleware:
@@ -83,7 +85,7 @@ class _HubApplication(Starlette):
                 scope["path_params"] = {} if conn_id is None else {"conn_id": conn_id}
                 await self._hub.plain(WebSocket(scope, receive, send))
                 return
-        await super().__call__(scope, receive, send)
+        await (self._http if scope["type"] == "http" else super().__call__)(scope, receive, send)
 
 
 class _Hub:
@@ -91,6 +93,10 @@ class _Hub:
         self._manager = manager
         self.centrifuge = CentrifugeHub(manager, hooks)
         self._own = own
+
+    def allowed_origins(self) -> Sequence[str]:
+        """The origins of pages that may use this hub, beside its own."""
+        return self._manager.settings.allow_origin
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -92,7 +92,7 @@ class WebSocketManager(Keeping):
         self.publishable: dict[str, bool] = {}
         """What :meth:`clients_may_publish` has answered, and would again."""
         self._policy: Callable[[str], SlowPolicy] | None = None
-        self._post: Callable[[Envelope], Accepted] | None = None
+        self._post: Callable[[Envelope], Accepted] = self._publish
         # The fan-out of the loop that all connections live on; see scattered.py for when they do not.
         self._fanout: Fanout | None = None
         self._scattered = False
@@ -143,7 +143,7 @@ class WebSocketManager(Keeping):
             self.connection_gone(connection)
         if self._started:
             self._started = False
-            self._post = None
+            self._post = self._publish
             self._stop_keeping()
             await self._transport.stop()
         self._lock = None
@@ -379,9 +379,7 @@ class WebSocketManager(Keeping):
 
     def publish_checked(self, topic: str, payload: bytes) -> Accepted:
         """The same for a topic that :meth:`clients_may_publish` has seen."""
-        envelope = Envelope(TOPIC, self.broker_channel, topic, payload)
-        post = self._post
-        return post(envelope) if post is not None else self._publish(envelope, False)
+        return self._post(Envelope(TOPIC, self.broker_channel, topic, payload))
 
     def _post_or_store(self, envelope: Envelope) -> Accepted:
         """Where any topic has history, what clients publish goes this way."""
@@ -412,7 +410,7 @@ class WebSocketManager(Keeping):
         """:meth:`send_by_conn_id` for JSON text that is ready."""
         return self._publish(Envelope(DIRECT, self.broker_channel, "", payload, conn_ids), local)
 
-    def _publish(self, envelope: Envelope, local: bool) -> Accepted:
+    def _publish(self, envelope: Envelope, local: bool = False) -> Accepted:
         if not self._started:
             if local or isinstance(self.broker, InMemoryBroker):
                 self._deliver([envelope])

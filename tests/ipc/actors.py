@@ -98,15 +98,15 @@ def got(peer: Peer, counter: Counter) -> int:
 def stop_reading(peer: Peer) -> None:
     """As a stopped process: it lives, but takes nothing in and its heart does not beat."""
     bus = peer.bus
-    bus._loop.remove_reader(bus.inbound.fd)
-    bus._loop.remove_reader(bus.inbound.shortcut_fd)
+    bus.loop.remove_reader(bus.inbound.fd)
+    bus.loop.remove_reader(bus.inbound.shortcut_fd)
     assert bus._tick_timer
     bus._tick_timer.cancel()
 
 
 def read_again(peer: Peer) -> None:
-    peer.bus._loop.add_reader(peer.bus.inbound.fd, peer.bus._on_inbox)
-    peer.bus._loop.add_reader(peer.bus.inbound.shortcut_fd, peer.bus._on_shortcut)
+    peer.bus.loop.add_reader(peer.bus.inbound.fd, peer.bus._on_inbox)
+    peer.bus.loop.add_reader(peer.bus.inbound.shortcut_fd, peer.bus._on_shortcut)
     peer.bus._on_inbox()
     peer.bus._tick()
 
@@ -115,7 +115,7 @@ def die(peer: Peer) -> None:
     """As a killed process: its locks are gone, its record and its inbox stay."""
     bus = peer.bus
     stop_reading(peer)
-    bus._loop.remove_reader(bus.outbound.fd)
+    bus.loop.remove_reader(bus.outbound.fd)
     bus._open = False
     bus.outbound._socket.close(0)
     bus.inbound._socket.close(0)

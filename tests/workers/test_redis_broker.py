@@ -333,7 +333,7 @@ def test_what_redis_forbids_is_an_error_and_not_a_broken_broker(server: RedisSer
     plain.execute_command("ACL", "SETUSER", "bob", "on", ">pw", "+@all", "resetchannels", "&mine")
 
     async def main() -> None:
-        async with RedisBroker(f"redis://bob:pw@127.0.0.1:{server.port}", publish_timeout=0.3) as broker:
+        async with RedisBroker(f"redis://bob:pw@127.0.0.1:{server.port}", publish_timeout=1) as broker:
             with pytest.raises(BrokerUnavailable, match="(?i)permission"):
                 await broker.subscribe("theirs")
             with pytest.raises(BrokerError, match="(?i)permission"):
