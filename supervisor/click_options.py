@@ -17,7 +17,8 @@ Command = Callable[..., Any]
 
 def _click_option(option: Option) -> Callable[[Command], Command]:
     """One line of the table as an option of click; the value stays text, to be checked with all others."""
-    words = f"{option.help} [default: {option.shown_default}]"
+    bounds = f" ({option.shown_bounds})" if option.shown_bounds else ""
+    words = f"{option.help} [default: {option.shown_default}]{bounds}"
     if option.is_switch:
         return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.name, default=None, help=words)
     return click.option(

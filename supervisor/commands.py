@@ -27,6 +27,13 @@ PROMPT = 10.0
 MARGIN = 15.0
 """Seconds that a command waits beyond the hub's own time limits."""
 
+_channel_option = click.option(
+    "--channel",
+    default="hub",
+    metavar="NAME",
+    help="The name that the application gave its WebSocketManager. [default: hub, the built-in hub's]",
+)
+
 WAIT_HELP = "Seconds to wait until it is done. [default: as long as the hub's own time limits allow]"
 
 
@@ -103,9 +110,10 @@ def scale(context: click.Context, /, workers: int, timeout: float | None, **opti
 @click.command()
 @click.argument("topic")
 @click.argument("data", metavar="JSON")
+@_channel_option
 @hub_options
 @click.pass_context
-def publish(context: click.Context, /, topic: str, data: str, **options: Any) -> int:
+def publish(context: click.Context, /, topic: str, data: str, channel: str, **options: Any) -> int:
     """Publish a message, any JSON value, to a topic of the running hub."""
     try:
         check_topic(topic)
@@ -119,7 +127,7 @@ def publish(context: click.Context, /, topic: str, data: str, **options: Any) ->
         from ipc.publisher import HubNotFound, Publisher
 
         try:
-            with Publisher(runtime_dir) as publisher:
+            with Publisher(runtime_dir, channel=channel) as publisher:
                 publisher.publish(topic, value)
         except HubNotFound as error:
             raise HubNotRunning(f"no hub is running in {runtime_dir}") from error
@@ -132,9 +140,10 @@ def publish(context: click.Context, /, topic: str, data: str, **options: Any) ->
 
 @click.command()
 @click.argument("pattern")
+@_channel_option
 @hub_options
 @click.pass_context
-def tail(context: click.Context, /, pattern: str, **options: Any) -> int:
+def tail(context: click.Context, /, pattern: str, channel: str, **options: Any) -> int:
     """Print what is published to topics that match PATTERN, one JSON line a message, until interrupted."""
     from supervisor import tail as tailing
 
@@ -145,7 +154,7 @@ def tail(context: click.Context, /, pattern: str, **options: Any) -> int:
 
     def act(runtime_dir: str) -> int:
         _status(runtime_dir)  # or a hub that is not there would be made
-        if not tailing.follow(runtime_dir, pattern):
+        if not tailing.follow(runtime_dir, channel, pattern):
             raise _Failed(f"the hub in {runtime_dir} has ended")
         return EXIT_OK
 

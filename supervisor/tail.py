@@ -18,7 +18,6 @@ from ipc.interest import InterestKind
 from ipc.peer import Peer
 from ipc.topics import check_pattern, is_pattern, matches, prefix_run
 
-CHANNEL = "hub"
 LOOK_FOR_END = 0.5
 """Seconds between two looks whether the hub still runs."""
 
@@ -32,16 +31,16 @@ def check(pattern: str) -> None:
     check_pattern(pattern)
 
 
-def follow(runtime_dir: str, pattern: str) -> bool:
+def follow(runtime_dir: str, channel: str, pattern: str) -> bool:
     """Print messages until interrupted (True) or until the hub has ended (False).
 
     Raises:
         RuntimeDirError: the hub can not be joined.
     """
-    return asyncio.run(_follow(runtime_dir, pattern))
+    return asyncio.run(_follow(runtime_dir, channel, pattern))
 
 
-async def _follow(runtime_dir: str, pattern: str) -> bool:
+async def _follow(runtime_dir: str, channel: str, pattern: str) -> bool:
     loop = asyncio.get_running_loop()
     interrupted = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -56,11 +55,11 @@ async def _follow(runtime_dir: str, pattern: str) -> bool:
 
     peer = await Peer.open(runtime_dir, kind=PeerKind.TAIL)
     try:
-        peer.attach(CHANNEL, deliver)
+        peer.attach(channel, deliver)
         if is_pattern(pattern):
-            peer.interest_add(InterestKind.PREFIX, CHANNEL, prefix_run(pattern))
+            peer.interest_add(InterestKind.PREFIX, channel, prefix_run(pattern))
         else:
-            peer.interest_add(InterestKind.EXACT, CHANNEL, pattern)
+            peer.interest_add(InterestKind.EXACT, channel, pattern)
         while not interrupted.is_set():
             peer.record.beat()
             if not peer.runtime.supervisor_lives():

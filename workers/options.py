@@ -96,6 +96,13 @@ class Option:
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     @property
+    def shown_bounds(self) -> str:
+        """The range of a number in words, for ``--help``; empty where there is none."""
+        if self.high == math.inf or self.is_list:
+            return ""
+        return f"{self._bound(self.low)} to {self._bound(self.high)}"
+
+    @property
     def allowed(self) -> str:
         """What it may be, in words, for errors."""
         words = ALLOWED[self.kind]

@@ -177,7 +177,10 @@ def _from_table(name: str, value: object) -> Any:
         return value
     option = BY_NAME.get(name)
     if option is None:
-        raise SettingsError(f"{name} = {shown(value)}: there is no such key; --help shows them all")
+        raise SettingsError(
+            f"{name} = {shown(value)}: there is no such key; there are the options (--help), [topics.…], "
+            f"{' and '.join(TOML_ONLY[1:])}"
+        )
     if isinstance(value, str) and (option.is_number or option.is_switch or option.is_list):
         raise _wrong(option, name, value)  # TOML has types of its own for these
     return _parse(option, name, value)

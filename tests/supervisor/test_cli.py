@@ -46,6 +46,7 @@ def test_help_shows_every_option_with_its_default() -> None:
     for option in OPTIONS:
         assert option.flag in words
         assert f"{option.help} [default: {option.shown_default}]" in words
+        assert option.shown_bounds in words
     for command in ("status", "reload", "stop", "scale", "publish", "tail", "check"):
         assert flockwire(command, "--help").returncode == 0
 

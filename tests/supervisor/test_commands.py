@@ -21,9 +21,9 @@ from tests.support import run, until
 
 
 @contextmanager
-def tailing(hub: Hub, pattern: str) -> Iterator[subprocess.Popen[bytes]]:
+def tailing(hub: Hub, pattern: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "supervisor", "tail", pattern, "--runtime-dir", hub.runtime_dir],
+        [sys.executable, "-m", "supervisor", "tail", pattern, "--runtime-dir", hub.runtime_dir, *options],
         stdout=subprocess.PIPE,
         env=hub.env,
         cwd=hub.cwd,
@@ -60,6 +60,14 @@ def test_publish_and_tail() -> None:
         ]
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
+
+
+def test_publish_and_tail_reach_the_channel_that_is_named() -> None:
+    with Hub(1) as hub, tailing(hub, "#", "--channel", "chat") as process:
+        assert hub.command("publish", "a", "1").returncode == 0
+        assert hub.command("publish", "a", "2", "--channel", "chat").returncode == 0
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == {"topic": "a", "data": 2}
 
 
 def test_tail_ends_with_the_hub() -> None:

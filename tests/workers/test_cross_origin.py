@@ -54,7 +54,9 @@ def test_preflights_are_answered() -> None:
 def test_a_star_lists_everybody_and_nothing_listed_nobody() -> None:
     async def main(allowed: tuple[str, ...]) -> bool:
         async with serving(allow_origin=allowed) as live:
-            return "access-control-allow-origin" in await ask(live, "GET /healthz", Origin="https://any.example")
+            return "access-control-allow-origin" in await ask(
+                live, "GET /healthz", Origin="https://any.example"
+            )
 
     assert uvrun(main(("*",))) is True
     assert uvrun(main(())) is False
