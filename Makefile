@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 3
 ARGS   ?=
 
-.PHONY: run test test-long check bench bench-peers format clean setup setup-test
+.PHONY: help run test test-long check bench bench-peers format clean setup setup-test
 
 run: setup ## serve the built-in hub with its chat page; ARGS="--workers 8" for options
 	@echo "==> http://127.0.0.1:8000/ is the chat of examples/chat.py; Ctrl-C ends it"
@@ -34,12 +34,16 @@ bench: setup-test ## the table of docs/performance.md, in five minutes
 bench-peers: setup-test ## install the servers that the benchmark compares with
 	@$(BIN)/python -m bench.install_peers $(ARGS)
 
-format: setup-test
+format: setup-test ## ruff's corrections and layout
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+clean: ## remove what these commands have made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info \
+		tests/clients/.venv tests/clients/node_modules bench/bin bench/.peers
 
 setup: $(VENV)/.run-is-set-up
 setup-test: $(VENV)/.test-is-set-up

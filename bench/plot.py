@@ -36,7 +36,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise NoMatplotlib("matplotlib is not installed: pip install 'flockwire[bench]'") from error
+        raise NoMatplotlib("matplotlib is not installed: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as found
 

@@ -1,6 +1,6 @@
 """A FastAPI application with WebSocket endpoints of its own, an HTTP route that publishes, and a token check.
 
-pip install "flockwire[fastapi]"
+pip install fastapi
 python -m supervisor --app fastapi_app:app --workers 4      (in this directory)
 """
 

@@ -1,6 +1,7 @@
 """Publishing from a program that serves nobody: a cron job, a Celery task, a script.
 
-python publish.py [RUNTIME_DIR]      while a hub runs on this host
+python -m supervisor tail "status/#"       see it arrive, in another terminal
+python publish.py RUNTIME_DIR              the directory that the running hub printed at its start
 """
 
 from __future__ import annotations
@@ -8,16 +9,24 @@ from __future__ import annotations
 import sys
 import time
 
-from ipc import Publisher
+from ipc import HubNotFound, Publisher
 
 
-def main() -> None:
+def main() -> int:
     """One message; it has reached every interested worker when `publish` returns."""
-    runtime_dir = sys.argv[1] if len(sys.argv) > 1 else None
-    with Publisher(runtime_dir) as publisher:
-        publisher.publish("status/backup", {"done": True, "at": time.time()})
-        print("published")
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        # channel="..." names the manager of an application; without, it is the built-in hub's.
+        with Publisher(sys.argv[1]) as publisher:
+            publisher.publish("status/backup", {"done": True, "at": time.time()})
+    except HubNotFound as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("published")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

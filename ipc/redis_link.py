@@ -31,7 +31,7 @@ def connections(redis_url: str, options: Mapping[str, Any]) -> Any:
         from redis.backoff import NoBackoff
     except ImportError as error:
         raise ModuleNotFoundError(
-            "redis:// needs the package redis: pip install 'flockwire[redis]'", name="redis"
+            "redis:// needs the package redis: pip install 'redis[hiredis]>=5.1'", name="redis"
         ) from error
     pool = ConnectionPool.from_url(
         redis_url, **{"socket_timeout": 5.0, "socket_connect_timeout": 5.0, **options}

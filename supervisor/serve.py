@@ -156,7 +156,7 @@ def _bridge(flock: Flock) -> BridgeKeeper | None:
     if flock.settings.redis_url is None:
         return None
     if importlib.util.find_spec("redis") is None:
-        raise StartError("--redis-url needs the package redis: pip install 'flockwire[redis]'")
+        raise StartError("--redis-url needs the package redis: pip install 'redis[hiredis]>=5.1'")
     from supervisor.bridge import BridgeKeeper
 
     return BridgeKeeper(flock)
