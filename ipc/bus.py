@@ -283,7 +283,10 @@ class Bus:
                 # What came in during a long turn goes out to clients together with what the turn has for them.
                 self._looks -= 1
                 self.inbound.read_shortcut()
-                self._on_inbox()
+                if (
+                    not self._read_scheduled
+                ):  # else it is read in the next turn anyway, and a turn has its bound
+                    self._on_inbox()
 
     def _flush(self) -> None:
         turn = self._turn
@@ -341,7 +344,6 @@ class Bus:
         self.inbound.detach(channel)
 
     def _on_inbox(self) -> None:
-        self._read_scheduled = False
         if not self._open:
             return
         before = self.inbound.received
@@ -351,7 +353,11 @@ class Bus:
         if more and not self._read_scheduled:
             # The descriptor will not tell again of what is there already.
             self._read_scheduled = True
-            self.loop.call_soon(self._on_inbox)
+            self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._read_scheduled = False
+        self._on_inbox()
 
     def _on_shortcut(self) -> None:
         if self._open:

@@ -90,3 +90,20 @@ def _open_checked(path: str) -> int:
         return fd
     os.close(fd)
     raise RuntimeDirError(f"{path} {problem}")
+
+
+def exists(directory: int, name: str) -> bool:
+    """Whether something of this name is in an open directory; links are not followed."""
+    return _mode(directory, name) != 0
+
+
+def is_directory(directory: int, name: str) -> bool:
+    """Whether it is a directory itself."""
+    return stat.S_ISDIR(_mode(directory, name))
+
+
+def _mode(directory: int, name: str) -> int:
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0

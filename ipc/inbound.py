@@ -36,8 +36,6 @@ SECONDS_A_TURN = 0.01
 _MAX_ZMQ_MESSAGE = 4 * wire.MAX_FRAME
 """Beyond this ZeroMQ itself cuts the sender off, before it has all in memory."""
 _COMPLAINTS = 1024
-_DATAGRAMS = 4096
-"""More than any kernel keeps for one socket, unless it was told to."""
 
 # As plain numbers: the enumerations cost more than the calls.
 _EVENTS = int(zmq.EVENTS)
@@ -145,17 +143,18 @@ class Inbound:
             if not self._take_datagram() or time.monotonic() > end:
                 break
 
-    def _drain_shortcut(self) -> None:
-        """Take in all that was sent the short way before what has just come through the mesh."""
-        for _ in range(_DATAGRAMS):
-            if not self._take_datagram():
+    def _catch_up(self, sender: _Sender, number: int) -> None:
+        """Take in what was sent the short way before what has just come through the mesh, which has this number."""
+        for _ in range(self._shortcut.most):
+            if sender.flow.number >= number or not self._take_datagram():
                 break
 
     def _take_datagram(self) -> bool:
         message = self._shortcut.receive()
-        if message:
-            self._take_in(message, through_mesh=False)
-        return bool(message)
+        if message is None:
+            return False
+        self._take_in(message, through_mesh=False)
+        return True
 
     def _readable(self) -> bool:
         return bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]
@@ -167,8 +166,8 @@ class Inbound:
             self._invalid(_claimed_sender(message), 1, str(error))
             return
         sender = self._senders.get((header.slot, header.epoch)) or self._meet(header)
-        if through_mesh and (sender is None or header.kind or header.number != sender.flow.number):
-            self._drain_shortcut()
+        if through_mesh and sender is not None and header.number > sender.flow.number:
+            self._catch_up(sender, header.number)
         if sender is None:
             self._invalid(
                 (header.slot, header.epoch), max(header.envelopes, 1), "a frame of nobody on the board"

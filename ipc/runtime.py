@@ -19,13 +19,19 @@ import contextlib
 import logging
 import os
 import re
-import stat
 import time
 from typing import TYPE_CHECKING
 
 from ipc.agreement import RULES_NAME, RulesMismatch, agree
 from ipc.board import BOARD_NAME, FULL_SLOTS, SLOTS, Board, BoardError, PeerKind, SlotState
-from ipc.directory import RuntimeDirError, default_runtime_dir, open_directory, user_directory
+from ipc.directory import (
+    RuntimeDirError,
+    default_runtime_dir,
+    exists,
+    is_directory,
+    open_directory,
+    user_directory,
+)
 from ipc.locks import LockFile, open_lock_file
 
 if TYPE_CHECKING:
@@ -65,6 +71,8 @@ _FIRST_SLOT_BYTE = 16
 
 _RETRY = 0.005
 """Seconds between two looks at a directory lock that somebody holds; it is held for milliseconds."""
+_OBSERVERS_LEAVE = 2.0
+"""Seconds that an ordered stop waits for those who only look on; they look four times a second."""
 
 
 class DirectoryInUse(RuntimeDirError):
@@ -217,7 +225,7 @@ class RuntimeDir:
     def _in_use(self) -> bool:
         """Somebody with an inbox, or a supervisor, lives here. Publishers alone are none: they find the new board."""
         bytes_ = (_SUPERVISOR_BYTE, *range(_FIRST_SLOT_BYTE, _FIRST_SLOT_BYTE + FULL_SLOTS))
-        return any(self._locks.holder(byte) for byte in bytes_) and self._exists(BOARD_NAME)
+        return any(self._locks.holder(byte) for byte in bytes_) and exists(self.fd, BOARD_NAME)
 
     def _refuse_if_in_use(self) -> None:
         pid = self._locks.holder(_SUPERVISOR_BYTE)
@@ -328,6 +336,10 @@ class RuntimeDir:
         """True while a supervisor holds this directory."""
         return self._locks.holder(_SUPERVISOR_BYTE) != 0
 
+    def has_ended(self) -> bool:
+        """True once nobody supervises this directory any more, or its hub is just being taken away."""
+        return not self.supervisor_lives() or not exists(self.fd, CONTROL_NAME)
+
     def reap_dead(self) -> list[tuple[int, int]]:
         """Clear up after owners that died without giving their slot back; any process may do so at any time.
 
@@ -363,13 +375,9 @@ class RuntimeDir:
     def _is_live_inbox(self, slot: int, epoch: int) -> bool:
         return slot < FULL_SLOTS and self.board.record(slot).epoch == epoch and self.slot_is_locked(slot)
 
-    # -- rules -----------------------------------------------------------------------------------------------------
-
     def agree(self, rules: Rules | None) -> Rules:
         """The topic rules of the hub, see :func:`ipc.agreement.agree`; the directory lock is held."""
         return agree(self.fd, self.path, rules)
-
-    # -- leaving ---------------------------------------------------------------------------------------------------
 
     def remove(self, *, timeout: float = 5.0) -> bool:
         """Delete the directory at an ordered stop; only names that are ours, and never through a link.
@@ -381,6 +389,9 @@ class RuntimeDir:
             RuntimeDirError: the directory stayed locked for ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
+        for name in (CONTROL_NAME, PID_NAME):
+            self._unlink(name)
+        self._await_observers()
         while not self._locks.try_lock(_DIRECTORY_BYTE):
             if time.monotonic() > deadline:
                 raise RuntimeDirError(locked_too_long(self.path, timeout))
@@ -390,12 +401,21 @@ class RuntimeDir:
         finally:
             self.unlock_directory()
 
+    def _others(self) -> list[int]:
+        return [slot for slot in range(FULL_SLOTS) if slot not in self._mine and self.slot_is_locked(slot)]
+
+    def _await_observers(self) -> None:
+        """Who only looks on (`tail`) sees that the hub has ended, and leaves."""
+        deadline = time.monotonic() + _OBSERVERS_LEAVE
+        while (others := self._others()) and time.monotonic() < deadline:
+            if any(self.board.record(slot).identity().kind is not PeerKind.TAIL for slot in others):
+                break
+            time.sleep(_RETRY)
+
     def _remove(self) -> bool:
-        for name in (CONTROL_NAME, PID_NAME):
-            self._unlink(name)
         if not self.is_current():
             return False
-        others = [slot for slot in range(FULL_SLOTS) if slot not in self._mine and self.slot_is_locked(slot)]
+        others = self._others()
         if others:
             logger.info("%s stays: other processes still use it (slots %s)", self.path, others)
             return False
@@ -417,41 +437,27 @@ class RuntimeDir:
 
     def _remove_store(self) -> None:
         """Delete history and presence kept in this directory: they live as long as the hub."""
-        if self._is_directory("store.unreadable"):
+        if is_directory(self.fd, "store.unreadable"):
             for name in os.listdir(f"/proc/self/fd/{self.fd}/store.unreadable"):
                 self._unlink(f"store.unreadable/{name}")
-        if self._is_directory("store"):
+        if is_directory(self.fd, "store"):
             for name in _STORE_FILES:
                 self._unlink(name)
-        elif self._exists(_STORE_FILES[0]):
+        elif exists(self.fd, _STORE_FILES[0]):
             self._unlink(_STORE_FILES[0])
         for name in _STORE_DIRECTORIES:
-            if self._is_directory(name):
+            if is_directory(self.fd, name):
                 try:
                     os.rmdir(name, dir_fd=self.fd)
                 except OSError as error:
                     logger.warning("%s/%s stays: %s", self.path, name, error.strerror)
 
-    def _is_directory(self, name: str) -> bool:
-        try:
-            return stat.S_ISDIR(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
-        except FileNotFoundError:
-            return False
-
     def _unlink(self, name: str) -> None:
         try:
-            os.unlink(name, dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.fd)
         except OSError as error:
             logger.warning("%s/%s cannot be deleted: %s", self.path, name, error.strerror)
-
-    def _exists(self, name: str) -> bool:
-        try:
-            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
 
     def close(self) -> None:
         """Give back slots, board and descriptors; may be called twice. Nothing is deleted but our own inboxes."""

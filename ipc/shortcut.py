@@ -13,8 +13,10 @@ receiver looks here before it believes that something is missing in the mesh.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import resource
 import select
 import socket
 
@@ -24,6 +26,9 @@ logger = logging.getLogger("ipc")
 
 MAX_BYTES = 64 * 1024
 """A frame that is larger goes through the mesh."""
+LEFT_TO_ZEROMQ = 64
+"""So many descriptors below the process's limit are for no short way: without them ZeroMQ would abort the process when
+others join, two for each; the mesh does without this one."""
 
 
 class ShortcutEnd:
@@ -48,11 +53,13 @@ class ShortcutEnd:
         poller = select.poll()
         poller.register(self.fd, select.POLLIN)
         self._poll = poller.poll
+        self.most = _queue_length()
+        """So many frames at most wait here at a time."""
 
-    def receive(self) -> bytes:
-        """The next frame; empty when there is none. What is longer than a frame may be arrives cut off."""
+    def receive(self) -> bytes | None:
+        """The next frame; None when there is none. What is longer than a frame may be arrives cut off."""
         # To be told so by an exception costs seven times as much as to ask.
-        return self._socket.recv(MAX_BYTES) if self._poll(0) else b""
+        return self._socket.recv(MAX_BYTES) if self._poll(0) else None
 
     def close(self) -> None:
         """Close the socket and delete its file."""
@@ -61,6 +68,14 @@ class ShortcutEnd:
             os.unlink(self._name, dir_fd=self._runtime.fd)
         except OSError as error:
             logger.debug("%s: %s", self._name, error)
+
+
+def _queue_length() -> int:
+    try:
+        with open("/proc/sys/net/unix/max_dgram_qlen", encoding="ascii") as file:
+            return int(file.read()) + 1
+    except (OSError, ValueError):
+        return 4096
 
 
 class Shortcut:
@@ -76,6 +91,8 @@ class Shortcut:
         connected: socket.socket | None = None
         try:
             connected = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            if connected.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - LEFT_TO_ZEROMQ:
+                raise OSError(errno.EMFILE, "the last descriptors are kept for ZeroMQ")
             connected.setblocking(False)
             connected.connect(f"/proc/self/fd/{runtime.fd}/{shortcut_name(slot, epoch)}")
         except OSError as error:

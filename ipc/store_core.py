@@ -28,7 +28,7 @@ from ipc.store_files import AppendLock, Files, Syncer
 from ipc.store_fold import FOLD_EVERY
 from ipc.store_reader import read_state, read_top
 from ipc.store_records import Entry, Position, StoreBusy, StoreError, StoreFull, StoreState
-from ipc.store_writer import Writer
+from ipc.store_writer import Cramped, Writer
 
 T = TypeVar("T")
 
@@ -154,6 +154,8 @@ class StoreCore:
         self._writer = Writer()
         self._writer.max_entry = self.size // 8
         self._writer.max_grace = self.size // GRACE_SHARE
+        self._cramped = self._files.room_to_grow > 0
+        """The file is or may be nearly used up: to be looked at before something is appended."""
         self._unmapped = False
         with self._read():
             pass  # takes the reader slot now, so that later reads take no lock
@@ -188,8 +190,8 @@ class StoreCore:
                     self._reopen()
                 try:
                     result = self._attempt(work)
-                except lmdb.MapFullError:
-                    result = self._attempt_again(work)
+                except lmdb.MapFullError as error:
+                    result = self._attempt_again(work, isinstance(error, Cramped))
             except lmdb.Error as error:
                 raise self._failure(error) from error
             except _DAMAGE as error:
@@ -198,15 +200,26 @@ class StoreCore:
                 lock.release()
         finally:
             words[place] = 0
-        self.trouble = ""
+        if not self._writer.cramped:
+            self.trouble = ""
         if self._syncer is not None:
             self._syncer.dirty = True
         return result
 
-    def _attempt_again(self, work: Entry | Callable[[Writer], Any]) -> Any:
-        while self._grow():
+    def _attempt_again(self, work: Entry | Callable[[Writer], Any], cramped: bool) -> Any:
+        try:
+            while self._grow():
+                with contextlib.suppress(lmdb.MapFullError):
+                    return self._attempt(work)
+        except StoreFull:
+            if cramped:
+                raise
+            # Who deletes may need what the last transactions gave back.
+            for _ in range(2):
+                self._attempt(_touch)
             with contextlib.suppress(lmdb.MapFullError):
                 return self._attempt(work)
+            raise
         for _ in range(2):
             if not self._make_room():
                 break
@@ -246,6 +259,8 @@ class StoreCore:
         try:
             txn_id = txn.id()
             writer.begin(txn, txn_id, int(self.clock() * 1000))
+            if self._cramped:
+                writer.cramped = self._cramped = self._is_cramped(_used(txn))
             result = writer.append(work) if type(work) is Entry else work(writer)  # type: ignore[operator]
             if len(writer.pending) >= FOLD_EVERY:
                 writer.fold()
@@ -279,7 +294,8 @@ class StoreCore:
         """Let the oldest go when the store is nearly full: a bounded number now, the rest with the next appends."""
         if writer.folded or writer.added > _LARGE:
             used = _used(writer.txn)
-            above = self._evict_above()
+            self._cramped = self._is_cramped(used)
+            above = _reserve_above(self.size)
             below = above - EVICT_ABOVE + EVICT_BELOW
             self._debt = used - int(self.size * below) if used > self.size * above else 0
             writer.folded = False
@@ -288,13 +304,16 @@ class StoreCore:
             removed = writer.evict(self._debt, self._evictions())
             self._debt = max(0, self._debt - removed) if removed else 0
 
-    def _evict_above(self) -> float:
-        """Where the oldest begin to go: a transaction of a small store needs a larger part of it to work in."""
-        return EVICT_ABOVE if self.size >= _SMALL else EVICT_ABOVE_IN_SMALL
+    def _is_cramped(self, used: int) -> bool:
+        """Whether a file that may grow has to, so that there is always something left to delete with: its file system
+        may have no room then, and only deleting would help."""
+        size = self._files.room_to_grow
+        return size > 0 and used > size * _reserve_above(size)
 
-    def _evictions(self) -> int:
+    def _evictions(self, size: int = 0) -> int:
         """How many things one transaction may remove."""
-        reserve = int(self.size * (1 - self._evict_above())) // 4096
+        size = size or self.size
+        reserve = int(size * (1 - _reserve_above(size))) // 4096
         return max(1, min(_EVICT_PER_TRANSACTION, reserve // _PAGES_PER_EVICTION))
 
     def _make_room(self) -> bool:
@@ -306,9 +325,6 @@ class StoreCore:
             if _used(writer.txn) <= self.size * MAKE_ROOM_ABOVE:
                 return 0
             return writer.evict(wanted, limit)
-
-        def touch(writer: Writer) -> None:
-            _ = writer.state  # is written again
 
         def fold(writer: Writer) -> int:
             writer.fold(limit)
@@ -331,9 +347,7 @@ class StoreCore:
                 removed += now
                 if not now or removed >= wanted:
                     break
-            self._attempt(
-                touch
-            )  # pages become free only with the transaction after the one that gave them back
+            self._attempt(_touch)
         return removed > 0
 
     def maintain(self, limit: int = 256) -> bool:
@@ -342,6 +356,9 @@ class StoreCore:
         Trims idle topics by age, forgets what has expired, frees the reader slots of dead processes. Does nothing when
         another process is writing, or there is no room. Returns True when there is more to do at once.
         """
+
+        if self._cramped:
+            limit = min(limit, self._evictions(self._files.room_to_grow))
 
         def work(writer: Writer) -> bool:
             self._env.reader_check()
@@ -414,6 +431,16 @@ class _Reading:
             raise StoreError(f"the store cannot be read: {error}") from error
 
 
+def _touch(writer: Writer) -> None:
+    """A transaction of nothing: pages become free only with one after that which gave them back."""
+    _ = writer.state  # is written again
+
+
+def _reserve_above(size: int) -> float:
+    """The share of so many bytes above which the rest is kept to delete with: of small stores that is a larger part."""
+    return EVICT_ABOVE if size >= _SMALL else EVICT_ABOVE_IN_SMALL
+
+
 def _used(txn: lmdb.Transaction[bytes]) -> int:
     """Bytes of pages that hold something; free pages inside the file do not count."""
     stat = txn.stat()
@@ -430,6 +457,7 @@ def _after_fork() -> None:
     for store in _registry.values():
         store._forked = True
         store._lock.forget()
+        store._files.forget()
     _registry.clear()
 
 

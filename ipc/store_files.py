@@ -150,6 +150,12 @@ class Files:
             return False
         return os.path.samestat(there, os.fstat(self._data))
 
+    @property
+    def room_to_grow(self) -> int:
+        """The bytes of a file that may become larger; 0 when it has its size already."""
+        size = int(self.env.info()["map_size"]) if self._in_memory else self.state.size
+        return size if size < self.state.size else 0
+
     def grow(self) -> bool:
         """Make room for "map full", up to the store's size; False when there is no more. See :func:`store_map.grow`."""
         return self._in_memory and store_map.grow(self.env, self._data, self.state.size)
@@ -169,6 +175,10 @@ class Files:
     def close(self) -> None:
         """Close what was opened; a second time nothing happens."""
         self.env.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: do not keep the parent's lock on the file when the parent has died."""
         data, self._data = self._data, -1
         if data >= 0:
             os.close(data)

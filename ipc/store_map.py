@@ -27,6 +27,8 @@ SMALLEST_STEP = 256 << 10
 """Bytes of a new store. A store grows by a quarter, by this at least."""
 LARGEST_STEP = 8 << 20
 """And by this at most: the event loop stands still while pages are allocated, a millisecond or two."""
+_LEAST = 64 << 10
+"""Bytes that are tried last when the file system is nearly full."""
 _WAIT = 0.005
 """Seconds that who reads waits for a process that is just making the file larger."""
 
@@ -99,9 +101,9 @@ def _allocate_more(fd: int, size: int, most: int) -> int:
             os.posix_fallocate(fd, size, step)
             return step
         except OSError:
-            if step <= SMALLEST_STEP:
+            if step <= _LEAST:
                 raise
-            step = max(step // 8192 * 4096, SMALLEST_STEP)  # less may fit
+            step = max(step // 8192 * 4096, _LEAST)  # less may fit
 
 
 @contextmanager

@@ -6,6 +6,8 @@ the end of the log; the topic's record follows later (``store_fold.py``).
 
 from __future__ import annotations
 
+from lmdb import MapFullError
+
 from ipc.store_fold import Head
 from ipc.store_records import (
     EMPTY,
@@ -26,6 +28,10 @@ from ipc.store_window import OFFSETS, RULE_END, TRIMMED, Window, unpack_offsets
 _from_bytes = int.from_bytes
 
 
+class Cramped(MapFullError):
+    """What is left in the store's file is kept for deleting."""
+
+
 class Writer(Upkeep):
     """Everything that can be done to the store inside a transaction."""
 
@@ -33,9 +39,13 @@ class Writer(Upkeep):
         super().__init__()
         self.max_entry = 1 << 30
         """The largest entry, in bytes."""
+        self.cramped = False
+        """Nothing may be appended, see :class:`Cramped`."""
 
     def append(self, entry: Entry) -> Position:
         """Store one entry under the next offset of the host."""
+        if self.cramped:
+            raise Cramped("what is left in the file is kept for deleting")
         head = self._heads.get((entry.channel, entry.topic))
         if entry.idempotency_key:
             key = head.key if head is not None else Head(entry.channel, entry.topic, ZERO).key

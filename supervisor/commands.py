@@ -20,6 +20,7 @@ from supervisor.click_options import hub_options, serving_options
 from supervisor.control import Answer, HubNotRunning, ask
 from supervisor.restart import EXIT_FAILURE, EXIT_OK
 from supervisor.seat import counted
+from workers.options import MAX_WORKERS
 from workers.settings import find_hub, load_settings
 
 PROMPT = 10.0
@@ -96,6 +97,8 @@ def reload(context: click.Context, /, timeout: float | None, **options: Any) -> 
 @click.pass_context
 def scale(context: click.Context, /, workers: int, timeout: float | None, **options: Any) -> int:
     """Run N workers from now on, 1 to 64."""
+    if not 1 <= workers <= MAX_WORKERS:
+        raise click.UsageError(f"N = {workers}: must be an integer from 1 to {MAX_WORKERS}")
 
     def act(runtime_dir: str) -> int:
         limits = _status(runtime_dir)["settings"]

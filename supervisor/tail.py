@@ -18,7 +18,7 @@ from ipc.interest import InterestKind
 from ipc.peer import Peer
 from ipc.topics import check_pattern, is_pattern, matches, prefix_run
 
-LOOK_FOR_END = 0.5
+LOOK_FOR_END = 0.25
 """Seconds between two looks whether the hub still runs."""
 
 
@@ -62,7 +62,7 @@ async def _follow(runtime_dir: str, channel: str, pattern: str) -> bool:
             peer.interest_add(InterestKind.EXACT, channel, pattern)
         while not interrupted.is_set():
             peer.record.beat()
-            if not peer.runtime.supervisor_lives():
+            if peer.runtime.has_ended():
                 return False
             try:
                 await asyncio.wait_for(interrupted.wait(), LOOK_FOR_END)

@@ -118,7 +118,7 @@ def test_readme_application_and_publisher(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert await read_json(client) == {"msg": "from cron"}
 
-    with Hub(workers=2) as hub:
+    with Hub(workers=2, app="chat:app", cwd=tmp_path) as hub:
         hub.run(publish(hub))
 
 

@@ -82,6 +82,10 @@ class CentrifugeClient:
 
     # In --------------------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """The handshake is answered: from now on it has its time to say who it is, and no more."""
+        self._schedule()
+
     def on_message(self, payload: bytes, is_text: bool) -> None:
         """One WebSocket message, in order. Never raises."""
         try:

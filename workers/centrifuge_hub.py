@@ -94,6 +94,7 @@ class CentrifugeHub:
             raise
         if client.protocol is not None:
             client.protocol.use_codes(codes.SHUTDOWN, codes.BAD_REQUEST, frame_pings)
+        client.begin()
         if not client.connection.serve(client.on_message):
             await self._serve_asgi(client)
 

@@ -441,8 +441,7 @@ class LimitedProtocol(LeanProtocol):
             self._abort_timer = None
         self.stop_keepalive()
         if self._queue is not None or not self.handshake_complete or not self.kept:
-            code = 1005 if self.handshake_complete else 1006
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})  # RFC 6455 section 7.1.5
         self.connections.discard(self)
         self.handshake_complete = True
         self.disconnected = True

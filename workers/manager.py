@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from threading import get_ident
 from typing import Any, Final, TypeVar
 
@@ -426,6 +428,11 @@ class WebSocketManager(Keeping):
     def _deliver(self, envelopes: Sequence[Envelope]) -> None:
         """Envelopes of this channel, from here or from the bus, in order."""
         if self._listening:
+            if any(envelope.kind != envelopes[0].kind for envelope in envelopes):
+                # A client may get topics here and broadcasts below.
+                for _, run in groupby(envelopes, attrgetter("kind")):
+                    self._deliver(tuple(run))
+                return
             self._deliver_to_receivers(envelopes)
         fanout = self._fanout
         if fanout is None:
@@ -483,10 +490,8 @@ class WebSocketManager(Keeping):
         if len(conn_ids) == 1:
             named = self._by_id.get(conn_ids[0], ())
             return named[0].target if len(named) == 1 else tuple(connection.target[0] for connection in named)
-        found = {
-            connection.target[0]: None for conn_id in conn_ids for connection in self._by_id.get(conn_id, ())
-        }
-        return tuple(found)
+        all_named = (named for conn_id in conn_ids for named in self._by_id.get(conn_id, ()))
+        return tuple({connection.target[0]: None for connection in all_named})
 
 
 def _given(data: Any) -> Any:

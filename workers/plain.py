@@ -31,6 +31,7 @@ _UNSET: Final = object()
 _SEND: Final = msgspec.Raw(b'"send"')
 _OURS: Final = frozenset({"type", "topic", "conn_id"})
 _NEVER: Final = b"\0"  # begins no JSON
+_END: Final = ord("}")
 _BEGINNING: Final = b'{"type":"send","topic":'
 
 
@@ -109,6 +110,8 @@ class PlainSession:
         rest of a message's way.
         """
         data = b'{"' + payload[self._length :]
+        if data[-1] != _END:
+            return b""
         try:
             ours = _decode_ours(data)
         except jsontext.UNREADABLE:
@@ -120,7 +123,8 @@ class PlainSession:
         if topic != self._topic:
             self._topic, self._beginning = topic, _NEVER
         else:
-            # Only where it is written without spaces: then what is passed on is what the long way would pass on.
+            # Only where it is written without spaces: then what is passed on is what the long way would pass on (but
+            # for spaces and repeated keys in what follows, which stay as the client wrote them).
             beginning = _BEGINNING + written + b',"'
             if payload.startswith(beginning):
                 self._beginning = beginning

@@ -335,3 +335,18 @@ def _check_together(settings: Settings) -> None:
                 )
         elif not os.path.isfile(path) or not os.access(path, os.R_OK):
             raise SettingsError(f"{flag} = {path!r}: must be a PEM file that can be read")
+    if settings.ssl_certfile:
+        _check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
+
+
+def _check_certificate(certificate: str, key: str | None) -> None:
+    import ssl  # only who serves TLS pays for it
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or error
+        raise SettingsError(
+            f"--ssl-certfile = {certificate!r}: must be a PEM certificate that the unencrypted key in "
+            f"--ssl-keyfile = {key!r} belongs to: {why}"
+        ) from error

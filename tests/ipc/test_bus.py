@@ -251,3 +251,33 @@ def test_a_closed_peer_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     first = run(main())
     assert max(run(main()) for _ in range(4)) <= first
     assert sorted(os.listdir(tmp_path / "hub")) == ["board", "lock"]
+
+
+def test_who_is_behind_and_publishes_reads_no_more_in_a_turn_than_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a turn may take in is bounded; a turn that also sends looks once more, but starts no reading of its own."""
+
+    async def main() -> None:
+        async with peers(tmp_path / "hub", 2) as (a, b):
+            b.interest_add(InterestKind.EXACT, "hub", "t")
+            reads = 0
+
+            def behind() -> bool:
+                nonlocal reads
+                reads += 1
+                return True
+
+            monkeypatch.setattr(a.bus.inbound, "read", behind)
+            a.bus._on_inbox()
+            most = 0
+            for _ in range(50):
+                a.bus._looks = 4
+                a.publish(topic("t"))
+                reads = 0
+                await asyncio.sleep(0)
+                most = max(most, reads)
+            assert 1 <= most <= 2
+            monkeypatch.undo()
+
+    run(main())

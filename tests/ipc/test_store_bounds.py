@@ -210,6 +210,8 @@ except StoreFull as error:
     print("full", flush=True)
 """
     with small_file_system(tmp_path / "small", "4m") as directory:
+        filler = directory / "filler"
+        filler.write_bytes(bytes(MIB // 2))
         with opened(directory / "run", store_size=64 * MIB) as store:
             put(store, "last", b"1", keep=Retention(1))
             positions, error = fill(store)
@@ -218,8 +220,7 @@ except StoreFull as error:
             entries = store.recover("hub", "a", store.epoch, 1).entries
             assert [entry.offset for entry in entries] == [each.offset for each in positions]
             # Somebody else takes the very last byte; then another process comes.
-            filler = directory / "filler"
-            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+            with filler.open("ab", buffering=0) as file, pytest.raises(OSError, match="space"):
                 while True:
                     file.write(bytes(4096))
             with process(other_process, directory / "run") as child:
@@ -231,6 +232,39 @@ except StoreFull as error:
             store.maintain()
             filler.unlink()
             assert put(store, "a", b"room again", keep=EVERYTHING)[0].offset == len(positions) + 2
+            assert store.trouble == ""
+
+
+@pytest.mark.parametrize("how", ["expires", "is cleared"])
+def test_on_a_full_file_system_what_goes_makes_room_for_what_comes(tmp_path: Path, how: str) -> None:
+    """Deleting needs room itself: some is always left, also where the store could not grow to its size."""
+    clock = Clock()
+    topics = [f"t/{number}" for number in range(20)]
+    with small_file_system(tmp_path / "small", "4m") as directory:
+        with opened(directory / "run", store_size=64 * MIB) as store:
+            store.clock = clock
+            stored = 0
+            with pytest.raises(StoreFull, match="file system"):
+                for number in range(10_000):
+                    put(store, topics[number % 20], bytes(1500), keep=Retention(1000, 60.0))
+                    stored += 1
+            assert stored > 1000
+            with (
+                (directory / "filler").open("wb", buffering=0) as file,
+                pytest.raises(OSError, match="space"),
+            ):
+                while True:
+                    file.write(bytes(4096))
+            if how == "expires":
+                clock.now += 61
+            else:
+                assert sum(store.clear("hub", topic) for topic in topics) == stored
+            for _ in range(2):
+                for _ in range(1000):
+                    store.maintain()
+                clock.now += GRACE + 1
+            for number in range(500):
+                put(store, topics[number % 20], bytes(1500), keep=Retention(1000, 60.0))
             assert store.trouble == ""
 
 

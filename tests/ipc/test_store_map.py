@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,3 +172,32 @@ def test_a_file_that_was_cut_off_is_put_aside(memory: Path) -> None:
         assert store.epoch != epoch
         assert store.top() == 0
         assert_allocated(memory)
+
+
+FORKED = """
+import os, signal, sys
+from ipc.store import Entry, Retention, Store
+store = Store.open(sys.argv[1], store_size=64 << 20)
+if not os.fork():
+    print("child", os.getpid(), flush=True)
+    os.closerange(0, 3)
+    signal.pause()
+os.posix_fallocate = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+while True:
+    store.append([Entry("hub", "t", bytes(1000), Retention(1000))])
+"""
+
+
+def test_a_forked_child_does_not_keep_the_file_from_growing(memory: Path) -> None:
+    """Its parent, killed while it made the file larger, held a lock that it shares."""
+    child = 0
+    try:
+        with process(FORKED, memory) as parent:
+            child = int(line(parent).split()[1])
+            assert parent.wait(20) == -signal.SIGKILL
+        with opened(memory, store_size=64 * MIB) as store:
+            for _ in range(1000):
+                put(store, "t", bytes(1000))
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)

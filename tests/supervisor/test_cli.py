@@ -143,7 +143,7 @@ def test_commands_talk_to_the_hub(tmp_path: Path) -> None:
         assert not set(before.values()) & set(hub.pids().values())
         assert flockwire(*where, "scale", "3").stdout == "3 workers\n"
         too_many = flockwire("scale", "65", *where)
-        assert too_many.returncode == 1
+        assert too_many.returncode == 2
         assert "1 to 64" in too_many.stderr
         assert flockwire("stop", *where).returncode == 0
         assert not os.path.exists(hub.runtime_dir)

@@ -75,6 +75,7 @@ def test_tail_ends_with_the_hub() -> None:
         hub.signal(signal.SIGTERM)
         hub.wait()
         assert process.wait(10) == 1
+        assert not os.path.exists(hub.runtime_dir)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
 
 from ipc.rules import Rules
 from workers.options import BY_NAME, OPTIONS, show_size
@@ -250,7 +251,13 @@ def test_tls_needs_both_files(tmp_path: Path) -> None:
     assert "--ssl-keyfile" in refused({"ssl_certfile": str(pem)})
     assert "--ssl-certfile" in refused({"ssl_keyfile": str(pem)})
     assert "can be read" in refused({"ssl_certfile": str(pem), "ssl_keyfile": str(tmp_path / "none")})
+    assert "must be a PEM certificate" in refused({"ssl_certfile": str(pem), "ssl_keyfile": str(pem)})
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(str(pem))
     assert load_settings({"ssl_certfile": str(pem), "ssl_keyfile": str(pem)}, {}).is_tls
+    other = tmp_path / "other.pem"
+    trustme.CA().issue_cert("127.0.0.1").private_key_pem.write_to_path(str(other))
+    assert "belongs to" in refused({"ssl_certfile": str(pem), "ssl_keyfile": str(other)})
 
 
 def test_preload_excludes_reload() -> None:

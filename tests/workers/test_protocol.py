@@ -285,6 +285,30 @@ def test_close_handshakes(app: Any) -> None:
     uvrun(main())
 
 
+def test_an_application_is_told_that_a_client_has_vanished() -> None:
+    """1006: no close frame came (RFC 6455 section 7.1.5); 1005: one came, without a code."""
+    told: asyncio.Queue[int] = asyncio.Queue()
+
+    async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (event := await receive())["type"] != "websocket.disconnect":
+            pass
+        told.put_nowait(event["code"])
+
+    async def main() -> None:
+        async with serving(lambda manager: endpoint) as live:
+            client = await live.raw()
+            client.writer.transport.abort()
+            assert await told.get() == 1006
+            client = await live.raw()
+            await client.write(frame(CLOSE))
+            assert await told.get() == 1005
+            await client.end()
+
+    uvrun(main())
+
+
 @ECHOES
 def test_clients_that_vanish_leave_nothing(app: Any) -> None:
     async def main() -> None:

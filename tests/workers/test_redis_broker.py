@@ -458,7 +458,7 @@ def test_other_addresses_are_refused_without_their_password() -> None:
 
 def test_a_missing_package_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flockwire\[redis\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'redis\[hiredis\]"):
         RedisBroker("redis://127.0.0.1")
 
 
