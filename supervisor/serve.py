@@ -52,7 +52,7 @@ def serve(settings: Settings, *, worker_main: WorkerMain | None = None) -> int:
         worker_main: what a forked worker runs instead of :func:`workers.worker.run`, for tests.
 
     Returns:
-        The exit code of the process: contract section 1.
+        The exit code of the process, see docs/configuration.md.
     """
     logging_setup.configure(
         settings.log_level, settings.log_format, "supervisor", access_log=settings.access_log
