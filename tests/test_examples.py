@@ -133,7 +133,7 @@ def test_three_hosts_in_one_command() -> None:
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline().strip() for _ in range(3)]
-        assert lines[2] == f"host 3: http://127.0.0.1:{port + 2}/"
+        assert lines[2].startswith(f"host 3: http://127.0.0.1:{port + 2}/  (python -m supervisor status")
 
         async def main() -> None:
             address = "/realtime/ws/me?topic=chat%2Flobby"

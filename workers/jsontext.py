@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -24,6 +24,7 @@ _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 decode_members = _object_decoder.decode
 encode_members = _encoder.encode
 UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeError)
+_TRUNCATED: Final = "Input data was truncated"  # msgspec also says so of a text like "\ud83d"
 
 
 class NotJson(ValueError):
@@ -71,4 +72,9 @@ def not_json(exc: Exception) -> NotJson:
     """What a decoder raised, in words for people."""
     if isinstance(exc, msgspec.ValidationError):
         return NotJson("expected a JSON object")
-    return NotJson("JSON is nested too deep" if isinstance(exc, RecursionError) else str(exc))
+    if isinstance(exc, RecursionError):
+        return NotJson("JSON is nested too deep")
+    words = str(exc)
+    if words == _TRUNCATED:
+        words = "JSON is malformed: it ends too early, or holds half of a surrogate pair"
+    return NotJson(words)

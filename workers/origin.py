@@ -123,7 +123,10 @@ class OriginMiddleware:
                 origins[0] if origins else None, hosts[0] if hosts else None, self.allowed
             )
         if not accepted:
-            logger.info("handshake refused: origin %s is neither the host itself nor listed", _shown(origins))
+            shown = _shown(b", ".join(origins).decode("latin-1"))
+            logger.info(
+                "handshake refused: origin %s is neither the host itself nor in --allow-origin", shown
+            )
         return accepted
 
 

@@ -38,7 +38,9 @@ def main() -> int:
                 # At once, to be ended if the next one does not start.
                 children.append(hub)
             for number in range(asked.hosts):
-                print(f"host {number + 1}: http://127.0.0.1:{asked.port + number}/", flush=True)
+                await_port(asked.port + number, children)
+                where = f"python -m supervisor status --runtime-dir {directory}/host{number}"
+                print(f"host {number + 1}: http://127.0.0.1:{asked.port + number}/  ({where})", flush=True)
             while all(child.poll() is None for child in children):
                 time.sleep(0.5)
             print("one of them has ended; its log is above", file=sys.stderr)
@@ -46,10 +48,22 @@ def main() -> int:
         except KeyboardInterrupt:
             return 0
         finally:
-            for child in reversed(children):
-                child.terminate()
-            for child in reversed(children):
-                child.wait()
+            # The hubs first, so that none of them misses its Redis.
+            ours = len(children) - 1 if asked.redis_url is None else len(children)
+            for group in (children[len(children) - ours :], children[: len(children) - ours]):
+                for child in group:
+                    child.terminate()
+                for child in group:
+                    child.wait()
+
+
+def await_port(port: int, children: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until somebody listens there, or one of the children has ended."""
+    while all(child.poll() is None for child in children):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
 
 
 def start_redis(directory: str, children: list[subprocess.Popen[bytes]]) -> str:

@@ -245,3 +245,16 @@ def test_a_message_that_is_too_large_for_the_bus_is_refused_in_words(ack: bool) 
 
     with runtime_dir() as path:
         uvrun(main(path))
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"type":"send","topic":"a","x":"\\ud83d"}'])
+def test_what_ends_too_early_is_told_in_words(text: bytes) -> None:
+    async def main() -> None:
+        async with serving() as live:
+            client = await live.raw("/ws/x")
+            await client.send(TEXT, text)
+            answer = json.loads(await client.text())
+            assert answer["code"] == 107 and "ends too early, or holds half of a surrogate" in answer["error"]
+            await client.end()
+
+    uvrun(main())
