@@ -214,10 +214,9 @@ class StoreCore:
         except StoreFull:
             if cramped:
                 raise
-            # Who deletes may need what the last transactions gave back.
-            for _ in range(2):
-                self._attempt(_touch)
             with contextlib.suppress(lmdb.MapFullError):
+                for _ in range(2):
+                    self._attempt(_touch)  # who deletes may need what the last transactions gave back
                 return self._attempt(work)
             raise
         for _ in range(2):
@@ -260,7 +259,8 @@ class StoreCore:
             txn_id = txn.id()
             writer.begin(txn, txn_id, int(self.clock() * 1000))
             if self._cramped:
-                writer.cramped = self._cramped = self._is_cramped(_used(txn))
+                self._cramped = self._is_cramped(_used(txn))
+            writer.cramped = self._cramped
             result = writer.append(work) if type(work) is Entry else work(writer)  # type: ignore[operator]
             if len(writer.pending) >= FOLD_EVERY:
                 writer.fold()

@@ -235,7 +235,7 @@ except StoreFull as error:
             assert store.trouble == ""
 
 
-@pytest.mark.parametrize("how", ["expires", "is cleared"])
+@pytest.mark.parametrize("how", ["expires", "is cleared", "is cleared and folded"])
 def test_on_a_full_file_system_what_goes_makes_room_for_what_comes(tmp_path: Path, how: str) -> None:
     """Deleting needs room itself: some is always left, also where the store could not grow to its size."""
     clock = Clock()
@@ -259,6 +259,8 @@ def test_on_a_full_file_system_what_goes_makes_room_for_what_comes(tmp_path: Pat
                 clock.now += 61
             else:
                 assert sum(store.clear("hub", topic) for topic in topics) == stored
+                if "folded" in how:
+                    store.transact(lambda writer: setattr(writer, "folded", True))
             for _ in range(2):
                 for _ in range(1000):
                     store.maintain()
