@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import lmdb
@@ -12,6 +13,7 @@ import pytest
 
 from ipc import store_core
 from ipc.store import Entry, Position, Retention, Store, StoreError, StoreFull, default_store_size
+from ipc.store_writer import Writer
 from tests.ipc.store_support import (  # noqa: F401
     GRACE,
     Clock,
@@ -258,9 +260,13 @@ def test_on_a_full_file_system_what_goes_makes_room_for_what_comes(tmp_path: Pat
             if how == "expires":
                 clock.now += 61
             else:
-                assert sum(store.clear("hub", topic) for topic in topics) == stored
-                if "folded" in how:
-                    store.transact(lambda writer: setattr(writer, "folded", True))
+
+                def clear(writer: Writer, topic: str) -> int:
+                    count = writer.clear("hub", topic)
+                    writer.folded = writer.folded or "folded" in how
+                    return count
+
+                assert sum(store.transact(partial(clear, topic=topic)) for topic in topics) == stored
             for _ in range(2):
                 for _ in range(1000):
                     store.maintain()
