@@ -224,13 +224,6 @@ class Bus:
         if not self._open:
             raise BusClosed("the bus of this process is closed")
         outbound = self.outbound
-        if (
-            not self._turn
-            and time.monotonic() < outbound.alone_until
-            and len(envelope.data) < SURE_BYTES
-            and not envelope.conn_ids
-        ):
-            return  # there is nobody else
         if self.congested and outbound.fullest > 2 * self.backlog:
             if envelope.offset:
                 # The others of this host find it in the store; other hosts must get it from us, in order.
@@ -252,6 +245,8 @@ class Bus:
             and envelope.topic.isascii()
             and envelope.channel.isascii()
         ):
+            if time.monotonic() < outbound.alone_until and not self._turn:
+                return
             self._turn.append((envelope, None))  # encoded if somebody turns out to want it, which cannot fail
         else:
             self._turn.append((envelope, wire.encode(envelope)))
@@ -283,9 +278,8 @@ class Bus:
                 # What came in during a long turn goes out to clients together with what the turn has for them.
                 self._looks -= 1
                 self.inbound.read_shortcut()
-                if (
-                    not self._read_scheduled
-                ):  # else it is read in the next turn anyway, and a turn has its bound
+                # What is to be read on in the next turn is not read in this one as well: a turn has its bound.
+                if not self._read_scheduled:
                     self._on_inbox()
 
     def _flush(self) -> None:

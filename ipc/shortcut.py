@@ -16,19 +16,16 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import select
 import socket
 
+from ipc.descriptors import ceiling
 from ipc.runtime import RuntimeDir, shortcut_name
 
 logger = logging.getLogger("ipc")
 
 MAX_BYTES = 64 * 1024
 """A frame that is larger goes through the mesh."""
-LEFT_TO_ZEROMQ = 64
-"""So many descriptors below the process's limit are for no short way: without them ZeroMQ would abort the process when
-others join, two for each; the mesh does without this one."""
 
 
 class ShortcutEnd:
@@ -91,7 +88,7 @@ class Shortcut:
         connected: socket.socket | None = None
         try:
             connected = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            if connected.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - LEFT_TO_ZEROMQ:
+            if connected.fileno() >= ceiling():
                 raise OSError(errno.EMFILE, "the last descriptors are kept for ZeroMQ")
             connected.setblocking(False)
             connected.connect(f"/proc/self/fd/{runtime.fd}/{shortcut_name(slot, epoch)}")

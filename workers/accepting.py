@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from ipc.descriptors import ceiling
+
 logger = logging.getLogger("workers")
 
-#: Descriptors kept for the bus (two for each process that joins), files and the application.
-RESERVED: Final = 64
 #: Seconds until a listener that pauses looks whether there is room again.
 RETRY: Final = 0.25
 #: Seconds between two log lines about it.
 COMPLAIN_EVERY: Final = 60.0
-
-
-def ceiling() -> int:
-    """Clients get descriptors below this number: the soft limit less :data:`RESERVED`, or less a quarter of it."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(RESERVED, soft // 4)
 
 
 class Accepting:

@@ -428,7 +428,7 @@ class WebSocketManager(Keeping):
     def _deliver(self, envelopes: Sequence[Envelope]) -> None:
         """Envelopes of this channel, from here or from the bus, in order."""
         if self._listening:
-            if any(envelope.kind != envelopes[0].kind for envelope in envelopes):
+            if len(envelopes) > 1 and any(each.kind != envelopes[0].kind for each in envelopes):
                 # A client may get topics here and broadcasts below.
                 for _, run in groupby(envelopes, attrgetter("kind")):
                     self._deliver(tuple(run))

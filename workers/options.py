@@ -98,7 +98,7 @@ class Option:
     @property
     def shown_bounds(self) -> str:
         """The range of a number in words, for ``--help``; empty where there is none."""
-        if self.high == math.inf or self.is_list:
+        if self.high == math.inf:
             return ""
         return f"{self._bound(self.low)} to {self._bound(self.high)}"
 

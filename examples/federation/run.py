@@ -29,28 +29,27 @@ def main() -> int:
     parser.add_argument("--redis-url", help="instead of a Redis of our own")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    children: list[subprocess.Popen[bytes]] = []
+    redis: list[subprocess.Popen[bytes]] = []
+    hubs: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="fw-federation-") as directory:
         try:
-            url = asked.redis_url or start_redis(directory, children)
+            url = asked.redis_url or start_redis(directory, redis)
             for number in range(asked.hosts):
                 hub = start_hub(asked.port + number, url, Path(directory) / f"host{number}")
                 # At once, to be ended if the next one does not start.
-                children.append(hub)
+                hubs.append(hub)
             for number in range(asked.hosts):
-                await_port(asked.port + number, children)
+                await_port(asked.port + number, redis + hubs)
                 where = f"python -m supervisor status --runtime-dir {directory}/host{number}"
                 print(f"host {number + 1}: http://127.0.0.1:{asked.port + number}/  ({where})", flush=True)
-            while all(child.poll() is None for child in children):
+            while all(child.poll() is None for child in redis + hubs):
                 time.sleep(0.5)
             print("one of them has ended; its log is above", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             return 0
         finally:
-            # The hubs first, so that none of them misses its Redis.
-            ours = len(children) - 1 if asked.redis_url is None else len(children)
-            for group in (children[len(children) - ours :], children[: len(children) - ours]):
+            for group in (hubs, redis):  # so that no hub misses its Redis
                 for child in group:
                     child.terminate()
                 for child in group:

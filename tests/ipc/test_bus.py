@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.ipc.actors import (
     sums,
     topic,
 )
-from tests.support import run
+from tests.support import run, until_async
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
@@ -279,5 +280,18 @@ def test_who_is_behind_and_publishes_reads_no_more_in_a_turn_than_others(
                 most = max(most, reads)
             assert 1 <= most <= 2
             monkeypatch.undo()
+
+    run(main())
+
+
+def test_what_can_not_travel_is_refused_also_where_nobody_else_is(tmp_path: Path) -> None:
+    """Or it would be found out with the second worker."""
+
+    async def main() -> None:
+        async with peers(tmp_path / "hub", 1) as (a,):
+            await until_async(lambda: time.monotonic() < a.bus.outbound.alone_until)
+            for envelope in (topic("\ud800"), topic("t", channel="\ud800"), topic("t", bytes(17 << 20))):
+                with pytest.raises(ValueError):
+                    a.publish(envelope)
 
     run(main())

@@ -13,10 +13,11 @@ import pytest
 
 from ipc import envelope as wire
 from ipc.board import Counter
+from ipc.descriptors import RESERVED
 from ipc.interest import InterestKind
 from ipc.peer import Peer
 from ipc.runtime import RuntimeDir, shortcut_name
-from ipc.shortcut import LEFT_TO_ZEROMQ, MAX_BYTES, Shortcut, ShortcutEnd
+from ipc.shortcut import MAX_BYTES, Shortcut, ShortcutEnd
 from tests.ipc.actors import Inbox, got, open_peer, peers, read_again, settled, stop_reading, sums, topic
 from tests.support import run, until_async
 
@@ -259,10 +260,9 @@ def test_the_mesh_makes_nobody_read_more_of_it_than_order_needs(
 def test_the_last_descriptors_are_left_to_zeromq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RuntimeDir.open(str(tmp_path / "hub")) as runtime:
         end = ShortcutEnd(runtime, 3, 1)
-        limit = end.fd + LEFT_TO_ZEROMQ
-        monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (end.fd + 1, end.fd + 1))
         assert Shortcut.open(runtime, 3, 1) is None
-        monkeypatch.setattr(resource, "getrlimit", lambda which: (limit + 20, limit + 20))
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (end.fd + RESERVED + 20,) * 2)
         opened = Shortcut.open(runtime, 3, 1)
         assert opened is not None
         opened.close()
