@@ -192,12 +192,15 @@ def test_a_large_turn_is_split_and_a_large_message_goes_alone(tmp_path: Path) ->
 def test_alone_on_the_bus_what_cannot_travel_is_refused_all_the_same(tmp_path: Path) -> None:
     async def main() -> None:
         async with peers(tmp_path / "hub", 1) as (a,):
-            a.bus.outbound.alone_until = 0.0  # as if somebody might have come since the last look
-            a.publish(topic("t"))
-            with pytest.raises(EnvelopeTooBig):
-                a.publish(topic("t", bytes(wire.MAX_ENVELOPE)))
-            with pytest.raises(ValueError, match="surrogates"):
-                a.publish(topic("\ud800"))
+            await until_async(lambda: time.monotonic() < a.bus.outbound.alone_until)
+            # Or it would be found out with the second worker; then as if somebody might have come since the last look.
+            for until in (a.bus.outbound.alone_until, 0.0):
+                a.bus.outbound.alone_until = until
+                a.publish(topic("t"))
+                with pytest.raises(EnvelopeTooBig):
+                    a.publish(topic("t", bytes(wire.MAX_ENVELOPE)))
+                with pytest.raises(ValueError, match="surrogates"):
+                    a.publish(topic("\ud800"))
             # What might fail to be encoded is encoded at once.
             a.publish(topic("é"))
             a.publish(topic("t" * (SURE_BYTES + 1)))
@@ -280,18 +283,5 @@ def test_who_is_behind_and_publishes_reads_no_more_in_a_turn_than_others(
                 most = max(most, reads)
             assert 1 <= most <= 2
             monkeypatch.undo()
-
-    run(main())
-
-
-def test_what_can_not_travel_is_refused_also_where_nobody_else_is(tmp_path: Path) -> None:
-    """Or it would be found out with the second worker."""
-
-    async def main() -> None:
-        async with peers(tmp_path / "hub", 1) as (a,):
-            await until_async(lambda: time.monotonic() < a.bus.outbound.alone_until)
-            for envelope in (topic("\ud800"), topic("t", channel="\ud800"), topic("t", bytes(17 << 20))):
-                with pytest.raises(ValueError):
-                    a.publish(envelope)
 
     run(main())
