@@ -49,8 +49,10 @@ def plan(scenarios: Iterable[str], servers: Iterable[str], rounds: int, *, every
 
 def wanted(scenario: str, server: str, number: int, *, everything: bool) -> bool:
     """Whether this server has a turn at this scenario in this round."""
-    if server in ECHO_ONLY or (scenario == "E" and SERVERS[server].dialect.echo is None):
-        return scenario == "E" and SERVERS[server].dialect.echo is not None
+    dialect = SERVERS[server].dialect
+    ways = {"E": dialect.echo, "CN": dialect.named}
+    if (server in ECHO_ONLY and scenario != "E") or ways.get(scenario, ()) is None:
+        return False
     if everything:
         return True
     return server not in NOT_IN.get(scenario, ()) and (number == 1 or server not in SLOW or scenario == "D")

@@ -1,13 +1,14 @@
 """The scenarios: what the generator is asked to do, and which figures of its answer count.
 
 The letters are those of the published table: A one topic with 1,000 subscribers and 16 messages outstanding, A1 with
-one, A16 with 16 KiB, B100 at 100 messages a second, C 500 rooms of two, E echo, D idle connections.
+one, A16 with 16 KiB, B100 at 100 messages a second, C 500 rooms of two (CN: which the handshake names), E echo, D idle
+connections.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bench import proc
@@ -96,17 +97,20 @@ def hub(*options: str) -> Callable[[Running, Timing], Event]:
 
 def rooms(server: Running, timing: Timing) -> Event:
     """500 rooms of two; each member publishes, one message each under way."""
-    return measure(
-        [
-            *server.target(),
-            *server.spec.dialect.rooms,
-            "--mode",
-            "rooms",
-            "--outstanding",
-            "1",
-            *timing.options(),
-        ]
-    )
+    return rooms_by(server.spec.dialect.rooms, server, timing)
+
+
+def named_rooms(server: Running, timing: Timing) -> Event:
+    """The same, with subscriptions by the handshake."""
+    how = server.spec.dialect.named
+    if how is None:
+        raise LoadFailed("its handshake names no topic, or always does")
+    return rooms_by(how, server, timing)
+
+
+def rooms_by(how: Sequence[str], server: Running, timing: Timing) -> Event:
+    """Rooms, entered in this way."""
+    return measure([*server.target(), *how, "--mode", "rooms", "--outstanding", "1", *timing.options()])
 
 
 def echo(server: Running, timing: Timing) -> Event:
@@ -157,6 +161,7 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("A16", "16 KiB to 1,000, 16 outstanding", "µs", "cpu_us", hub("--size", "16384")),
         Scenario("B100", "100 messages/s to 1,000", "µs", "cpu_us", hub("--rate", "100")),
         Scenario("C", "500 rooms of two", "µs", "cpu_us", rooms),
+        Scenario("CN", "500 rooms of two, named in the handshake", "µs", "cpu_us", named_rooms),
         Scenario("E", "echo, 100 connections", "µs", "cpu_us", echo),
         Scenario("D", "idle connections", "bytes", "bytes_per_connection", idle, fresh=True),
         Scenario("storm", "all connections at once", "1/s", "connects_per_s", storm, fresh=True),
@@ -165,7 +170,7 @@ SCENARIOS: dict[str, Scenario] = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "fanout": ("A", "A1", "A16"),
     "latency": ("B100",),
-    "rooms": ("C",),
+    "rooms": ("C", "CN"),
     "echo": ("E",),
     "connections": ("D", "storm"),
 }

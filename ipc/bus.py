@@ -245,7 +245,7 @@ class Bus:
             and envelope.topic.isascii()
             and envelope.channel.isascii()
         ):
-            if time.monotonic() < outbound.alone_until and not self._turn:
+            if outbound.alone_until and not self._turn and time.monotonic() < outbound.alone_until:
                 return
             self._turn.append((envelope, None))  # encoded if somebody turns out to want it, which cannot fail
         else:

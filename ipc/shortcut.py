@@ -20,7 +20,8 @@ import select
 import socket
 
 from ipc.descriptors import ceiling
-from ipc.runtime import RuntimeDir, shortcut_name
+from ipc.ends import shortcut_name
+from ipc.runtime import RuntimeDir
 
 logger = logging.getLogger("ipc")
 

@@ -6,6 +6,7 @@ The very first stage: every connection begins as HTTP/1.1, and becomes a WebSock
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from workers.deadlines import Deadlines
 from workers.limited_protocol import nothing
 
 _UNKNOWN: Final = b"?"
+Offer = Callable[[bytes, Callable[[], bytes], socket.socket], bool]
 #: Key in a request's extensions that says that its response has no end.
 ENDLESS: Final = "flockwire.endless"
 #: Seconds from the connection, or from its first byte, to the end of a request's head.
@@ -29,6 +31,8 @@ class HttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with a deadline and a size for the request's head."""
 
     _upgrade: bytes | None = _UNKNOWN
+    handed: bytes | None = None
+    """What another worker read from this connection before it handed it over."""
 
     def __init__(
         self,
@@ -50,6 +54,8 @@ class HttpProtocol(HttpToolsProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             self._taken(sock.fileno())
+        if self.handed is not None:
+            self.data_received(self.handed)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadlines.clear(self)
@@ -104,6 +110,9 @@ class HttpProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """The connection goes on as a WebSocket: its protocol gets the head that was read here."""
         self.connections.discard(self)
+        if self.handed is None and self.cycle is None and self._goes_elsewhere():
+            self.transport.abort()
+            return
         protocol: Any = self.ws_protocol_class(  # type: ignore[misc, call-arg]
             config=self.config, server_state=self.server_state, app_state=self.app_state, _loop=self.loop
         )
@@ -113,6 +122,23 @@ class HttpProtocol(HttpToolsProtocol):
         # It has our methods and we have it: without this, the garbage collector would have to find both.
         self.parser = None  # type: ignore[assignment]
         protocol.begin(self.scope["method"], self.scope["http_version"], self.url, self.headers)
+
+    def _goes_elsewhere(self) -> bool:
+        """Whether another worker has got this connection now, see ``workers/gathering.py``."""
+        offer: Offer | None = getattr(self.server_state, "offer", None)
+        sock = self.transport.get_extra_info("socket")
+        return offer is not None and sock is not None and offer(self.url, self._head, sock)
+
+    def _head(self) -> bytes:
+        """The request once more, as it came but for the case of its headers' names."""
+        lines = [
+            f"{self.scope['method']} ".encode(),
+            self.url,
+            f" HTTP/{self.scope['http_version']}\r\n".encode(),
+        ]
+        for name, value in self.headers:
+            lines += (name, b": ", value, b"\r\n")
+        return b"".join([*lines, b"\r\n"])
 
 
 def _handshakes(server_state: ServerState, loop: asyncio.AbstractEventLoop) -> Deadlines[HttpProtocol]:

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from ipc import locks
 from ipc.board import PeerKind, SlotState
-from ipc.runtime import (
-    RuntimeDir,
-    inbox_name,
-)
+from ipc.ends import inbox_name
+from ipc.runtime import RuntimeDir
 
 
 def join(path: Path, kind: PeerKind = PeerKind.APPLICATION) -> tuple[RuntimeDir, int]:
@@ -29,7 +27,8 @@ OTHER = """
 import os, sys
 from pathlib import Path
 from ipc.board import PeerKind, SlotState
-from ipc.runtime import RuntimeDir, inbox_name
+from ipc.ends import inbox_name
+from ipc.runtime import RuntimeDir
 path, what = sys.argv[1:]
 if what == "supervise":
     runtime = RuntimeDir.supervise(path)
