@@ -95,7 +95,7 @@ class Gathering:
         self._peer.record.set(Counter.LOAD, load)
         return load
 
-    def offer(self, url: bytes, head: Callable[[], bytes], sock: socket.socket) -> bool:
+    def offer(self, url: bytes, head: Callable[[], bytes], transport: asyncio.Transport) -> bool:
         """A client asks for ``url``; True when another worker has got it, with ``head()``: then forget it."""
         topic = topic_of(url)
         if topic is None:
@@ -105,11 +105,14 @@ class Gathering:
             return False
         for record in self._peer.workers_wanting_exactly(topic) or self._home(topic):
             shown, given = self._load_of(record)
-            key = record.slot, record.epoch
-            if has_room(shown + given, load) and self._passing.hand_over(key, sock.fileno(), head()):
+            if has_room(shown + given, load) and self._hand_over(record, transport, head()):
                 self._given[record.slot] = shown, given + 1
                 return True
         return False
+
+    def _hand_over(self, to: Record, transport: asyncio.Transport, head: bytes) -> bool:
+        sock = transport.get_extra_info("socket")
+        return sock is not None and self._passing.hand_over((to.slot, to.epoch), sock.fileno(), head)
 
     def _home(self, topic: str) -> tuple[Record, ...]:
         """The worker whose topic it is, unless that is this one."""

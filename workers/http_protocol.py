@@ -6,7 +6,6 @@ The very first stage: every connection begins as HTTP/1.1, and becomes a WebSock
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from workers.deadlines import Deadlines
 from workers.limited_protocol import nothing
 
 _UNKNOWN: Final = b"?"
-Offer = Callable[[bytes, Callable[[], bytes], socket.socket], bool]
+Offer = Callable[[bytes, Callable[[], bytes], asyncio.Transport], bool]
 #: Key in a request's extensions that says that its response has no end.
 ENDLESS: Final = "flockwire.endless"
 #: Seconds from the connection, or from its first byte, to the end of a request's head.
@@ -126,8 +125,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _goes_elsewhere(self) -> bool:
         """Whether another worker has got this connection now, see ``workers/gathering.py``."""
         offer: Offer | None = getattr(self.server_state, "offer", None)
-        sock = self.transport.get_extra_info("socket")
-        return offer is not None and sock is not None and offer(self.url, self._head, sock)
+        return offer is not None and offer(self.url, self._head, self.transport)
 
     def _head(self) -> bytes:
         """The request once more, as it came but for the case of its headers' names."""
