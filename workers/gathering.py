@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Final, Protocol
 from urllib.parse import parse_qsl
 
 from ipc.board import Counter, Record
-from ipc.passing import Passing
+from ipc.passing import Answer, Passing
 from ipc.peer import Peer
 from ipc.topics import InvalidTopic, check_topic
 
@@ -28,6 +29,8 @@ TOO_FULL: Final = 1.25
 FEW: Final = 32
 #: What a worker shows as its load that takes nobody's clients.
 TAKES_NOBODY: Final = -1
+#: Before a request that is offered: the load of who offers it, without this one.
+_LOAD: Final = struct.Struct("I")
 #: Seconds until the load is shown again although nobody came.
 SHOW_EVERY: Final = 1.0
 
@@ -79,9 +82,7 @@ class Gathering:
     def __init__(self, peer: Peer, host: Host) -> None:
         self._peer = peer
         self._host = host
-        self._passing = Passing(peer.runtime, peer.slot, host.adopt)
-        self._given: dict[int, tuple[int, int]] = {}
-        """Of each slot: the load it showed, and how many it got from us since it has shown that."""
+        self._passing = Passing(peer.runtime, peer.slot, self._wants, self._adopt)
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_soon(self._keep_showing)
 
@@ -95,24 +96,33 @@ class Gathering:
         self._peer.record.set(Counter.LOAD, load)
         return load
 
-    def offer(self, url: bytes, head: Callable[[], bytes], transport: asyncio.Transport) -> bool:
-        """A client asks for ``url``; True when another worker has got it, with ``head()``: then forget it."""
+    def _wants(self, offered: bytes) -> bool:
+        """Several may offer at the same time, so who is offered something looks again."""
+        return len(offered) > _LOAD.size and has_room(self._host.load, *_LOAD.unpack_from(offered))
+
+    def _adopt(self, sock: socket.socket, offered: bytes) -> None:
+        self._host.adopt(sock, offered[_LOAD.size :])
+        self._show()
+
+    def offer(
+        self, url: bytes, head: Callable[[], bytes], transport: asyncio.Transport, answer: Answer
+    ) -> bool:
+        """A client asks for ``url``. True: it was offered to another worker, see :meth:`ipc.passing.Passing.offer`."""
         topic = topic_of(url)
-        if topic is None:
+        if topic is None or not self._peer.bus.inbound.channels:
             return False
-        load = self._show()
+        others = self._show() - 1 - self._passing.unanswered()
         if self._peer.wants_exactly(topic):
             return False
         for record in self._peer.workers_wanting_exactly(topic) or self._home(topic):
-            shown, given = self._load_of(record)
-            if has_room(shown + given, load) and self._hand_over(record, transport, head()):
-                self._given[record.slot] = shown, given + 1
-                return True
+            key = record.slot, record.epoch
+            theirs = record.get(Counter.LOAD)
+            if theirs > TAKES_NOBODY and has_room(theirs + self._passing.unanswered(key), others):
+                sock = transport.get_extra_info("socket")
+                data = _LOAD.pack(others) + head()
+                if sock is not None and self._passing.offer(key, sock.fileno(), data, answer):
+                    return True
         return False
-
-    def _hand_over(self, to: Record, transport: asyncio.Transport, head: bytes) -> bool:
-        sock = transport.get_extra_info("socket")
-        return sock is not None and self._passing.hand_over((to.slot, to.epoch), sock.fileno(), head)
 
     def _home(self, topic: str) -> tuple[Record, ...]:
         """The worker whose topic it is, unless that is this one."""
@@ -120,14 +130,8 @@ class Gathering:
         found = workers[home(topic, list(workers))] if workers else self._peer.record
         return () if found.slot == self._peer.slot else (found,)
 
-    def _load_of(self, record: Record) -> tuple[int, int]:
-        """What it shows, and how many we have given it since."""
-        shown = record.get(Counter.LOAD)
-        before, given = self._given.get(record.slot, (shown, 0))
-        return shown, given if before == shown != TAKES_NOBODY else 0
-
     def close(self) -> None:
-        """Hand over and take over nothing more. Before the peer is closed."""
+        """Offer and take nothing more. Before the peer is closed."""
         self._timer.cancel()
         self._peer.record.set(Counter.LOAD, TAKES_NOBODY)
         self._passing.close()

@@ -115,7 +115,9 @@ class DrainingServer(uvicorn.Server):
     @property
     def load(self) -> int:
         """Client sockets, those included whose handshake is under way; -1 while there shall be no more."""
-        return TAKES_NOBODY if self._accepting.pausing else len(self.server_state.connections)
+        if self._accepting.pausing:
+            return TAKES_NOBODY
+        return len(self.server_state.connections) + len(self._adopting)
 
     def adopt(self, sock: socket.socket, head: bytes) -> None:
         """Serve a connection that another worker has accepted, and from which it has read ``head``."""
@@ -150,7 +152,7 @@ class DrainingServer(uvicorn.Server):
         await self._accept_queued()
         self._accepting.end()
         if self._adopting:
-            await asyncio.wait(self._adopting)
+            await asyncio.wait(self._adopting, timeout=1.0)
         self._end_idle_http()
         await self._until(lambda: not self._handshaking(), min(HANDSHAKE_GRACE, timeout / 2))
         clients = self._clients()

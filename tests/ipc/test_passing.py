@@ -1,4 +1,4 @@
-"""Handing sockets over: what arrives, what stays with whoever has it, and what does no harm."""
+"""Offering sockets to another process: one owner at any time, what arrives, and what does no harm."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 from ipc import passing as module
 from ipc.ends import passing_name
-from ipc.passing import MAX_BYTES, Passing
+from ipc.passing import MAX_BYTES, UNANSWERED, Passing
 from ipc.peer import Peer
 from tests.ipc.actors import peers
 from tests.support import run, until_async
 
 
 class Taken:
-    """What one end has got."""
+    """What an end has taken."""
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
@@ -36,19 +36,47 @@ class Taken:
             sock.close()
 
 
+def wants(data: bytes) -> bool:
+    return data != b"unwanted"
+
+
+class Pair:
+    """Two peers' ends, of which the first offers."""
+
+    def __init__(self, a: Peer, b: Peer) -> None:
+        self.a, self.b = a, b
+        self.taken = Taken()
+        self.answers: list[bool] = []
+        self.first = Passing(a.runtime, a.slot, wants, self.taken)
+        self.second = Passing(b.runtime, b.slot, wants, self.taken)
+        self.client, self.accepted = connection()
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.b.slot, self.b.epoch
+
+    def offer(self, data: bytes, sock: socket.socket | None = None) -> bool:
+        return self.first.offer(self.key, (sock or self.accepted).fileno(), data, self.answers.append)
+
+    async def answered(self, *answers: bool) -> None:
+        await until_async(lambda: len(self.answers) >= len(answers), what="answers")
+        assert self.answers == list(answers)
+        self.answers.clear()
+
+
 @asynccontextmanager
-async def ends(path: Path) -> AsyncIterator[tuple[Passing, Passing, Taken, Peer]]:
-    """Two peers' ends; what the second has got, and the second peer."""
-    taken = Taken()
+async def ends(path: Path) -> AsyncIterator[Pair]:
+    """Two ends, of which nothing is left in the end."""
     before = descriptors()
     async with peers(path / "hub", 2) as (a, b):
-        first, second = Passing(a.runtime, a.slot, taken), Passing(b.runtime, b.slot, taken)
+        pair = Pair(a, b)
         try:
-            yield first, second, taken, b
+            yield pair
         finally:
-            first.close()
-            second.close()
-            taken.close()
+            pair.first.close()
+            pair.second.close()
+            for closing in (pair.taken, pair.client, pair.accepted):
+                closing.close()
     await until_async(lambda: descriptors() <= before, what="every descriptor closed")
 
 
@@ -65,22 +93,20 @@ def connection() -> tuple[socket.socket, socket.socket]:
     return client, accepted
 
 
-def key(peer: Peer) -> tuple[int, int]:
-    return peer.slot, peer.epoch
-
-
 def test_a_socket_arrives_with_what_was_read_from_it_and_goes_on_there(tmp_path: Path) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, _, taken, b):
+        async with ends(tmp_path) as pair:
             clients = []
             for number in range(40):
                 client, accepted = connection()
                 clients.append(client)
-                assert first.hand_over(key(b), accepted.fileno(), b"read %d" % number)
+                assert pair.offer(b"read %d" % number, accepted)
+                assert pair.first.unanswered() == pair.first.unanswered(pair.key) == number + 1
                 accepted.close()
-            await until_async(lambda: len(taken.data) == 40)
-            assert taken.data == [b"read %d" % number for number in range(40)]
-            for number, (client, sock) in enumerate(zip(clients, taken.sockets, strict=True)):
+            await pair.answered(*[True] * 40)
+            assert pair.first.unanswered() == 0
+            assert pair.taken.data == [b"read %d" % number for number in range(40)]
+            for number, (client, sock) in enumerate(zip(clients, pair.taken.sockets, strict=True)):
                 assert not sock.getblocking() and not sock.get_inheritable()
                 client.sendall(b"?")
                 sock.setblocking(True)
@@ -92,54 +118,75 @@ def test_a_socket_arrives_with_what_was_read_from_it_and_goes_on_there(tmp_path:
     run(main())
 
 
-def test_what_cannot_be_handed_over_stays_usable_where_it_is(tmp_path: Path) -> None:
+def test_what_cannot_be_offered_stays_where_it_is(tmp_path: Path) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, second, taken, b):
-            client, accepted = connection()
-            assert not first.hand_over(key(b), accepted.fileno(), bytes(MAX_BYTES + 1)), "too much"
-            assert not first.hand_over((b.slot, b.epoch + 1), accepted.fileno(), b"x"), "nobody is there"
-            assert first.hand_over(key(b), accepted.fileno(), bytes(MAX_BYTES))
-            await until_async(lambda: taken.data == [bytes(MAX_BYTES)])
-            second.close()
-            assert not first.hand_over(key(b), accepted.fileno(), b"x"), "it has closed"
-            assert not first.hand_over(key(b), accepted.fileno(), b"x"), "and is not there any more"
-            assert not Path(b.runtime.path, passing_name(*key(b))).exists()
-            accepted.sendall(b"still here")
-            assert client.recv(99) == b"still here"
-            client.close()
-            accepted.close()
+        async with ends(tmp_path) as pair:
+            assert not pair.offer(bytes(MAX_BYTES + 1)), "too much"
+            nobody = (pair.b.slot, pair.b.epoch + 1)
+            assert not pair.first.offer(nobody, pair.accepted.fileno(), b"x", pair.answers.append)
+            assert pair.offer(bytes(MAX_BYTES))
+            await pair.answered(True)
+            assert pair.taken.data == [bytes(MAX_BYTES)]
+            pair.second.close()
+            assert not pair.offer(b"x"), "it has closed"
+            await until_async(lambda: not pair.first._ways)
+            assert not pair.offer(b"x"), "and is not there any more"
+            assert not Path(pair.b.runtime.path, passing_name(*pair.key)).exists()
+            assert pair.answers == []
 
     run(main())
 
 
-def test_a_receiver_that_does_not_come_round_gets_a_bounded_number_and_all_of_them(tmp_path: Path) -> None:
+def test_what_is_not_wanted_is_refused(tmp_path: Path) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, _, taken, b):
-            client, accepted = connection()
+        async with ends(tmp_path) as pair:
+            for data in (b"a", b"unwanted", b"b"):
+                assert pair.offer(data)
+            await pair.answered(True, False, True)
+            assert pair.taken.data == [b"a", b"b"]
+
+    run(main())
+
+
+def test_who_does_not_answer_is_offered_a_bounded_number(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ends(tmp_path) as pair:
             given = 0
-            while first.hand_over(key(b), accepted.fileno(), bytes(500)):
+            while pair.offer(bytes(500)):
                 given += 1
-            assert 10 < given < 1000
-            assert not taken.data
-            await until_async(lambda: len(taken.data) == given)
-            assert first.hand_over(key(b), accepted.fileno(), b"again")
-            await until_async(lambda: len(taken.data) == given + 1)
-            client.close()
-            accepted.close()
+            assert given == UNANSWERED
+            await pair.answered(*[True] * given)
+            assert pair.offer(b"again")
+            await pair.answered(True)
 
     run(main())
 
 
-def test_closing_takes_in_what_was_handed_over_before(tmp_path: Path) -> None:
+def test_who_closes_answers_nobody_and_what_it_was_offered_is_not_taken(tmp_path: Path) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, second, taken, b):
-            client, accepted = connection()
+        async with ends(tmp_path) as pair:
             for number in range(5):
-                assert first.hand_over(key(b), accepted.fileno(), b"%d" % number)
-            second.close()
-            assert taken.data == [b"%d" % number for number in range(5)]
-            client.close()
-            accepted.close()
+                assert pair.offer(b"%d" % number)
+            pair.second.close()
+            await pair.answered(*[False] * 5)
+            assert pair.taken.data == []
+            pair.accepted.sendall(b"still here")
+            assert pair.client.recv(99) == b"still here"
+
+    run(main())
+
+
+def test_who_closes_after_offering_has_back_all_that_was_not_taken(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ends(tmp_path) as pair:
+            assert pair.offer(b"taken")
+            await until_async(lambda: pair.taken.data == [b"taken"])  # its answer may still be under way
+            for number in range(5):
+                assert pair.offer(b"%d" % number)
+            pair.first.close()
+            assert pair.answers == [True] + [False] * 5
+            await until_async(lambda: not pair.second._senders, what="the other end has seen it")
+            assert pair.taken.data == [b"taken"]
 
     run(main())
 
@@ -164,58 +211,99 @@ def too_many(way: socket.socket) -> None:
         way.sendmsg([b"five"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, several)])
 
 
-def an_end(way: socket.socket) -> None:
-    way.close()
-
-
-@pytest.mark.parametrize("foreign", [nothing_with_it, no_socket, too_long, too_many, an_end])
-def test_what_is_not_ours_is_dropped_and_the_next_is_taken(
+@pytest.mark.parametrize("foreign", [nothing_with_it, no_socket, too_long, too_many])
+def test_what_is_not_ours_is_refused_and_the_next_is_taken(
     tmp_path: Path, foreign: Callable[[socket.socket], None]
 ) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, _, taken, b):
-            client, accepted = connection()
+        async with ends(tmp_path) as pair:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as way:
-                way.connect(f"{b.runtime.path}/{passing_name(*key(b))}")
+                way.connect(f"{pair.b.runtime.path}/{passing_name(*pair.key)}")
                 foreign(way)
-                if way.fileno() >= 0:
-                    socket.send_fds(way, [b"ours"], [accepted.fileno()])
-                    await until_async(lambda: b"ours" in taken.data)
-            assert first.hand_over(key(b), accepted.fileno(), b"last")
-            await until_async(lambda: b"last" in taken.data)
-            assert set(taken.data) <= {b"ours", b"last"}
-            client.close()
-            accepted.close()
+                socket.send_fds(way, [b"ours"], [pair.accepted.fileno()])
+                await until_async(lambda: pair.taken.data == [b"ours"])
+                assert [way.recv(9), way.recv(9)] == [b"\0", b"\1"]
+            await until_async(lambda: not pair.second._senders, what="the end of the way")
+            assert pair.offer(b"last")
+            await pair.answered(True)
+
+    run(main())
+
+
+@pytest.mark.parametrize("said", [b"", b"\2", b"\1\1"])
+def test_an_end_that_is_not_ours_takes_nothing(tmp_path: Path, said: bytes) -> None:
+    """It closes, or it says what we do not understand, or more than it was asked."""
+
+    async def main() -> None:
+        async with ends(tmp_path) as pair:
+            other = (90, 1)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(f"{pair.a.runtime.path}/{passing_name(*other)}")
+                listener.listen()
+                for _ in range(2):
+                    assert pair.first.offer(other, pair.accepted.fileno(), b"x", pair.answers.append)
+                way, _ = listener.accept()
+                for byte in said:
+                    way.send(bytes((byte,)))
+                if said != b"\1\1":
+                    if not said:
+                        way.close()
+                    await pair.answered(False, False)
+                else:
+                    await pair.answered(True, True)
+                    way.send(b"\1")
+                await until_async(lambda: other not in pair.first._ways)
+                way.close()
+            os.unlink(f"{pair.a.runtime.path}/{passing_name(*other)}")
 
     run(main())
 
 
 def test_the_last_descriptors_are_not_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, _, taken, b):
-            client, accepted = connection()
+        async with ends(tmp_path) as pair:
             monkeypatch.setattr(module, "ceiling", lambda: 3)
-            assert not first.hand_over(key(b), accepted.fileno(), b"x")
+            assert not pair.offer(b"x"), "not even for a way"
             monkeypatch.undo()
-            assert first.hand_over(key(b), accepted.fileno(), b"x")
-            await until_async(lambda: taken.data == [b"x"])
-            client.close()
-            accepted.close()
+            assert pair.offer(b"x")
+            monkeypatch.setattr(module, "ceiling", lambda: 3)
+            await pair.answered(False)  # the other end has none for the way, and closes it
+            monkeypatch.undo()
+            assert pair.offer(b"x")
+            await pair.answered(True)
+            monkeypatch.setattr(module, "ceiling", lambda: 3)
+            assert pair.offer(b"y")
+            await pair.answered(False)
+            assert pair.taken.data == [b"x"]
 
     run(main())
 
 
-def test_ways_to_those_who_have_gone_are_closed(tmp_path: Path) -> None:
+def test_without_a_descriptor_for_a_way_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
-        async with ends(tmp_path) as (first, _, _, b), peers(tmp_path / "hub", 1) as (c,):
-            client, accepted = connection()
-            third = Passing(c.runtime, c.slot, lambda sock, _: sock.close())
-            assert first.hand_over(key(c), accepted.fileno(), b"x")
-            third.close()
-            await c.close()
-            assert first.hand_over(key(b), accepted.fileno(), b"x")
-            assert set(first._ways) == {key(b)}
-            client.close()
-            accepted.close()
+        async with ends(tmp_path) as pair:
+            listener = pair.second._listener
+            refused: list[bool] = []
+
+            class NoDescriptors:
+                def fileno(self) -> int:
+                    return listener.fileno()
+
+                def accept(self) -> tuple[socket.socket, object]:
+                    if not refused:
+                        refused.append(True)
+                        raise OSError(24, "Too many open files")
+                    return listener.accept()
+
+                def close(self) -> None:
+                    listener.close()
+
+            monkeypatch.setattr(module, "_RETRY", 0.05)
+            pair.second._listener = NoDescriptors()  # type: ignore[assignment]
+            assert pair.offer(b"x")
+            await pair.answered(True)
+            assert refused
 
     run(main())

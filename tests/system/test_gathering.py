@@ -154,6 +154,28 @@ def test_a_home_that_stands_still_or_dies_gets_nobody() -> None:
         hub.run(main(hub))
 
 
+def test_what_a_home_was_offered_before_it_was_killed_is_served_all_the_same() -> None:
+    async def main(hub: Hub) -> None:
+        await crowd(hub)
+        stopped, other = hub.ready_workers()
+        rooms = [topic for topic in topics(hub, 20) if home(topic, range(2)) == stopped["listener"]]
+        before = len(os.listdir(f"/proc/{other['pid']}/fd"))
+        os.kill(stopped["pid"], signal.SIGSTOP)  # its last heartbeat still counts
+        clients = [asyncio.create_task(hub.connect(f"/ws/x?topic={topic}")) for topic in rooms]
+        # Those that the other has accepted are offered to it, and wait.
+        await until_async(
+            lambda: len(os.listdir(f"/proc/{other['pid']}/fd")) > before, what="some came to the other"
+        )
+        os.kill(stopped["pid"], signal.SIGKILL)
+        for topic, client in zip(rooms, await asyncio.gather(*clients), strict=True):
+            await acked(client, type="subscribe", topic="y")
+            await say(client, type="send", topic=topic, n=1)
+            assert await read_json(client) == {"n": 1}
+
+    with Hub(workers=2) as hub:
+        hub.run(main(hub))
+
+
 def test_a_reload_under_a_storm_of_rooms_refuses_nobody() -> None:
     async def main(hub: Hub) -> None:
         await crowd(hub)
