@@ -18,7 +18,7 @@ from bench.run import plan, progress, run_all, start
 from bench.scenarios import GROUPS, SCENARIOS, Timing
 from bench.servers import OURS, SERVERS, DidNotStart, Missing, Running
 
-TABLE = ("A", "A1", "A16", "B100", "C", "CN", "E", "D")
+TABLE = ("A", "A1", "A16", "B100", "C", "E", "D")
 SERVERS_OF_TABLE = tuple(name for name in SERVERS if name not in ("flockwire-4", "connection-receive"))
 SECONDS_OF_EXTRAS = 50
 """What crossworker, publish and index take of the minutes of the default table."""

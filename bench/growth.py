@@ -42,7 +42,6 @@ class Point:
 
 FANOUT = ("--mode", "fanout")
 ROOMS = ("--mode", "rooms", "--outstanding", "1")
-NAMED = ("--path", "/ws?topic=%t", "--joined")
 
 
 def points() -> list[Point]:
@@ -55,7 +54,6 @@ def points() -> list[Point]:
             for n, name in workers.items()
         ),
         *(Point("workers rooms", n, name, ROOMS) for n, name in workers.items()),
-        *(Point("workers named rooms", n, name, (*ROOMS, *NAMED)) for n, name in workers.items()),
         *(
             Point("clients", n, "flockwire", (*FANOUT, "--connections", str(n)))
             for n in (10, 100, 1000, 5000)
@@ -84,7 +82,6 @@ TITLES: dict[str, tuple[str, str]] = {
     "workers": ("workers, one topic, 1,000 subscribers, 16 outstanding", "workers"),
     "workers one outstanding": ("workers, one topic, 1,000 subscribers, 1 outstanding", "workers"),
     "workers rooms": ("workers, 500 rooms of two", "workers"),
-    "workers named rooms": ("workers, 500 rooms of two that the handshake names", "workers"),
     "clients": ("subscribers of one topic, 16 outstanding", "clients"),
     "clients one outstanding": ("subscribers of one topic, 1 outstanding", "clients"),
     "topics": ("topics that share 1,000 subscribers, one publisher each with 4 outstanding", "topics"),

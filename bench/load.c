@@ -372,7 +372,7 @@ static void usage(void) {
     fprintf(stderr, "usage: load --mode fanout|rooms|idle|listen --port P [--host H] [--path /ws] [--publish-path /ws] "
                     "[--dialect plain|nchan|socketio|raw] [--connections N] [--publishers N] [--topics N] [--rooms MEMBERS] [--event NAME] [--size BYTES] "
                     "[--outstanding K | --rate PER_SECOND] [--warmup S] [--window S] [--pids P,P] [--threads N] "
-                    "[--concurrency N] [--expect MESSAGES] [--assign] [--ack] [--joined]\n");
+                    "[--concurrency N] [--expect MESSAGES] [--assign] [--ack]\n");
     exit(2);
 }
 
@@ -383,7 +383,7 @@ static void parse(int argc, char **argv) {
         {"connections", 1, 0, 'n'}, {"publishers", 1, 0, 'q'}, {"size", 1, 0, 's'}, {"outstanding", 1, 0, 'k'},
         {"rate", 1, 0, 'r'}, {"rooms", 1, 0, 'g'}, {"topics", 1, 0, 'o'}, {"event", 1, 0, 'y'}, {"warmup", 1, 0, 'w'}, {"window", 1, 0, 'l'}, {"pids", 1, 0, 'i'},
         {"threads", 1, 0, 't'}, {"concurrency", 1, 0, 'c'}, {"expect", 1, 0, 'e'}, {"assign", 0, 0, 'a'},
-        {"ack", 0, 0, 'x'}, {"joined", 0, 0, 'j'}, {0, 0, 0, 0}};
+        {"ack", 0, 0, 'x'}, {0, 0, 0, 0}};
     for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) switch (c) {
             case 'm': opt.mode = optarg; break;
             case 'h': opt.host = optarg; break;
@@ -406,7 +406,6 @@ static void parse(int argc, char **argv) {
             case 'e': opt.expect = atoi(optarg); break;
             case 'a': opt.assign = true; break;
             case 'x': opt.ack = true; break;
-            case 'j': opt.joined = true; break; /* the path of the handshake has subscribed */
             case 'd':
                 opt.dialect = *optarg == 'n' ? NCHAN : *optarg == 's' ? SOCKETIO : *optarg == 'r' ? RAW : PLAIN;
                 break;

@@ -29,7 +29,7 @@ struct options {
     const char *host, *path, *publish_path, *event, *mode, *pids;
     int port, connections, publishers, size, outstanding, rooms, topics, threads, concurrency, expect;
     double rate, warmup, window;
-    bool assign, ack, joined;
+    bool assign, ack;
     enum dialect dialect;
 };
 

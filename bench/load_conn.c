@@ -434,13 +434,13 @@ static void subscribe_all(struct thread *t) {
         struct conn *c = &conns[t->own[i]];
         if (!c->subscribes || c->state != READY) continue;
         int n = 0;
-        if (opt.dialect == PLAIN && !opt.joined)
+        if (opt.dialect == PLAIN)
             n = snprintf(text, sizeof text, "{\"type\":\"subscribe\",\"topic\":\"%s\"%s}", groups[c->group].topic,
                          opt.ack ? ",\"ack\":1" : "");
         if (opt.dialect == SOCKETIO)
             n = snprintf(text, sizeof text, "42[\"subscribe\",{\"topic\":\"%s\"}]", groups[c->group].topic);
         if (n) conn_text(t, c, OP_TEXT, text, (size_t)n);
-        if (!opt.ack || opt.joined) bump(t->subscribed, 1);
+        if (!opt.ack) bump(t->subscribed, 1);
     }
 }
 

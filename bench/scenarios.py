@@ -1,17 +1,17 @@
 """The scenarios: what the generator is asked to do, and which figures of its answer count.
 
 The letters are those of the published table: A one topic with 1,000 subscribers and 16 messages outstanding, A1 with
-one, A16 with 16 KiB, B100 at 100 messages a second, C 500 rooms of two (CN: which the handshake names), E echo, D idle
-connections.
+one, A16 with 16 KiB, B100 at 100 messages a second, C 500 rooms of two (CN, CF: where their members are is chosen),
+E echo, D idle connections.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench import proc
+from bench import placed_rooms, proc
 from bench.generator import Event, Generator, LoadFailed, healthy, measure
 from bench.results import Run
 from bench.servers import Running
@@ -97,20 +97,27 @@ def hub(*options: str) -> Callable[[Running, Timing], Event]:
 
 def rooms(server: Running, timing: Timing) -> Event:
     """500 rooms of two; each member publishes, one message each under way."""
-    return rooms_by(server.spec.dialect.rooms, server, timing)
+    return measure(
+        [
+            *server.target(),
+            *server.spec.dialect.rooms,
+            "--mode",
+            "rooms",
+            "--outstanding",
+            "1",
+            *timing.options(),
+        ]
+    )
 
 
-def named_rooms(server: Running, timing: Timing) -> Event:
-    """The same, with subscriptions by the handshake."""
-    how = server.spec.dialect.named
-    if how is None:
-        raise LoadFailed("its handshake names no topic, or always does")
-    return rooms_by(how, server, timing)
+def near_rooms(server: Running, timing: Timing) -> Event:
+    """The same on two workers, with the members of a room on the same one."""
+    return placed_rooms.run(server, timing.options(), crossing=False)
 
 
-def rooms_by(how: Sequence[str], server: Running, timing: Timing) -> Event:
-    """Rooms, entered in this way."""
-    return measure([*server.target(), *how, "--mode", "rooms", "--outstanding", "1", *timing.options()])
+def far_rooms(server: Running, timing: Timing) -> Event:
+    """The same on two workers, with the members of a room on different ones."""
+    return placed_rooms.run(server, timing.options(), crossing=True)
 
 
 def echo(server: Running, timing: Timing) -> Event:
@@ -161,7 +168,8 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("A16", "16 KiB to 1,000, 16 outstanding", "µs", "cpu_us", hub("--size", "16384")),
         Scenario("B100", "100 messages/s to 1,000", "µs", "cpu_us", hub("--rate", "100")),
         Scenario("C", "500 rooms of two", "µs", "cpu_us", rooms),
-        Scenario("CN", "500 rooms of two, named in the handshake", "µs", "cpu_us", named_rooms),
+        Scenario("CN", "500 rooms of two, each on one of two workers", "µs", "cpu_us", near_rooms),
+        Scenario("CF", "500 rooms of two, each on both of two workers", "µs", "cpu_us", far_rooms),
         Scenario("E", "echo, 100 connections", "µs", "cpu_us", echo),
         Scenario("D", "idle connections", "bytes", "bytes_per_connection", idle, fresh=True),
         Scenario("storm", "all connections at once", "1/s", "connects_per_s", storm, fresh=True),
@@ -170,7 +178,7 @@ SCENARIOS: dict[str, Scenario] = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "fanout": ("A", "A1", "A16"),
     "latency": ("B100",),
-    "rooms": ("C", "CN"),
+    "rooms": ("C", "CN", "CF"),
     "echo": ("E",),
     "connections": ("D", "storm"),
 }

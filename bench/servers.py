@@ -37,21 +37,16 @@ class DidNotStart(RuntimeError):
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the load generator speaks to a server: options for hub scenarios, for rooms, for an echo, and for rooms that
-    the handshake names although there is another way; None where there is no such thing."""
+    """How the load generator speaks to a server: options for hub scenarios, for rooms, and for an echo."""
 
     hub: tuple[str, ...] = ("--path", "/ws")
     rooms: tuple[str, ...] = ("--path", "/ws")
     echo: tuple[str, ...] | None = ("--path", "/echo", "--dialect", "raw")
-    named: tuple[str, ...] | None = None
 
 
 PLAIN = Dialect()
 ACKNOWLEDGED = Dialect(
-    hub=("--path", "/ws", "--ack"),
-    rooms=("--path", "/ws", "--ack"),
-    echo=("--path", "/ws", "--ack"),
-    named=("--path", "/ws?topic=%t", "--joined"),
+    hub=("--path", "/ws", "--ack"), rooms=("--path", "/ws", "--ack"), echo=("--path", "/ws", "--ack")
 )
 """flockwire: subscriptions are confirmed, and the hub's echo is a topic of one's own."""
 ECHO_ONLY = Dialect(hub=(), rooms=())

@@ -16,11 +16,10 @@ import zmq
 
 from ipc import envelope as wire
 from ipc.board import SLOTS, Counter, PeerKind
-from ipc.ends import inbox_name
 from ipc.envelope import BadFrame, Envelope, FrameKind, Header
 from ipc.flow import ReceiveFlow, pack_credit
 from ipc.origins import Seen
-from ipc.runtime import RuntimeDir
+from ipc.runtime import RuntimeDir, inbox_name
 from ipc.shortcut import ShortcutEnd
 
 logger = logging.getLogger("ipc")
@@ -108,11 +107,6 @@ class Inbound:
     def detach(self, channel: str) -> None:
         """Hand on nothing more of a channel."""
         self._channels.pop(channel, None)
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """The channels that somebody has attached to."""
-        return tuple(self._channels)
 
     @property
     def received(self) -> int:

@@ -142,10 +142,6 @@ class OwnInterest:
         self._bits[self._offset + (number >> 3)] &= 0xFF ^ (1 << (number & 7))
         self._changed()
 
-    def wants(self, kind: int, channel: str, text: str) -> bool:
-        """Whether it is wanted, or shares its bit with something that is."""
-        return bucket(kind, channel, text) in self._counts
-
     def clear(self) -> None:
         """Want nothing any more."""
         for number in self._counts:

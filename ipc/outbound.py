@@ -19,13 +19,12 @@ import zmq
 
 from ipc import envelope as wire
 from ipc.board import Counter, PeerKind, fence
-from ipc.ends import inbox_name
 from ipc.envelope import Envelope, FrameKind
 from ipc.federation import NO_SLOT, Federation
 from ipc.flow import unpack_credit
 from ipc.interest import InterestKind, Place, PlaceCache, interest_in
 from ipc.link import FIRST_TAIL, Key, Link, Waiter
-from ipc.runtime import RuntimeDir
+from ipc.runtime import RuntimeDir, inbox_name
 from ipc.shortcut import Shortcut
 
 logger = logging.getLogger("ipc")
@@ -225,11 +224,6 @@ class Outbound:
             self._places.other(InterestKind.CONN, envelope.channel, conn_id) for conn_id in envelope.conn_ids
         ]
         return self._wanting(places)
-
-    def wanting_exactly(self, channel: str, topic: str) -> tuple[Link, ...]:
-        """The peers with a subscription to this very topic, not by a wildcard."""
-        self.refresh()
-        return self._wanting((self._places.other(InterestKind.EXACT, channel, topic),))
 
     def _remember(self, key: tuple[str, str], places: tuple[Place, ...]) -> tuple[Link, ...]:
         if len(self._routes) >= _ROUTES:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ipc.board import Counter, PeerKind, Record, SlotState
-from ipc.bus import STALE_HEARTBEAT, Bus, BusClosed, BusFull
+from ipc.bus import Bus, BusClosed, BusFull
 from ipc.envelope import BROADCAST, DIRECT, TOPIC, Envelope, EnvelopeTooBig
 from ipc.flow import BACKLOG
 from ipc.inbound import Deliver, TakeOver
@@ -251,30 +251,6 @@ class Peer:
             ValueError: it was not wanted.
         """
         self.bus.interest.discard(kind, channel, text)
-
-    def wants_exactly(self, topic: str) -> bool:
-        """Whether somebody here subscribes to this very topic, on any channel."""
-        wants = self.bus.interest.wants
-        return any(wants(InterestKind.EXACT, channel, topic) for channel in self.bus.inbound.channels)
-
-    def workers_wanting_exactly(self, topic: str) -> list[Record]:
-        """The other workers with a subscriber of this very topic, as :meth:`wants_exactly`, that serve and live."""
-        channels = self.bus.inbound.channels
-        outbound = self.bus.outbound
-        slots = {link.slot for channel in channels for link in outbound.wanting_exactly(channel, topic)}
-        return [record for record in map(self.runtime.board.record, sorted(slots)) if self._serves(record)]
-
-    def serving_workers(self) -> list[Record]:
-        """All workers that serve and live, this one too if it is one."""
-        board = self.runtime.board
-        return [record for slot, _ in board.live_full_slots() if self._serves(record := board.record(slot))]
-
-    def _serves(self, record: Record) -> bool:
-        return (
-            record.state is SlotState.READY
-            and time.monotonic_ns() - record.heartbeat < STALE_HEARTBEAT * 1e9
-            and record.kind is PeerKind.WORKER
-        )
 
     # -- life ------------------------------------------------------------------------------------------------------
 

@@ -85,8 +85,6 @@ class Counter(IntEnum):
     """Handshakes refused."""
     ERRORS_OUT = 18
     """Error messages to clients."""
-    LOAD = 19
-    """Gauge: client sockets, those included whose handshake is under way; see ``workers/gathering.py``."""
     FEDERATION_OUT = 32
     """Envelopes that Redis has taken from this host."""
     FEDERATION_IN = 33
@@ -108,7 +106,6 @@ GAUGES = (
     Counter.SUBSCRIPTIONS,
     Counter.BACKLOG,
     Counter.BUS_BACKLOG,
-    Counter.LOAD,
     Counter.FEDERATION_SPOOL,
     Counter.FEDERATION_HELD,
 )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,6 @@ from ipc.directory import (
     open_directory,
     user_directory,
 )
-from ipc.ends import END, end_names
 from ipc.locks import LockFile, open_lock_file
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROL_NAME", "LOCK_NAME", "PID_NAME", "RULES_NAME",
     "DirectoryInUse", "NoFreeSlot", "RulesMismatch", "RuntimeDir", "RuntimeDirError",
-    "default_runtime_dir", "locked_too_long",
+    "default_runtime_dir", "inbox_name", "locked_too_long", "shortcut_name",
 ]  # fmt: skip
 
 logger = logging.getLogger("ipc")
@@ -63,6 +63,7 @@ _OUR_FILES = (
 )
 _STORE_FILES = ("store.lock", "store/data.mdb", "store/lock.mdb")
 _STORE_DIRECTORIES = ("store", "store.unreadable")
+_INBOX = re.compile(r"[id](\d{1,3})\.(\d{1,10})")
 
 _DIRECTORY_BYTE = 0
 _SUPERVISOR_BYTE = 1
@@ -242,7 +243,7 @@ class RuntimeDir:
     def _clean(self) -> None:
         for name in os.listdir(self.fd):
             ours = (CONTROL_NAME, PID_NAME, RULES_NAME, f"{RULES_NAME}.new", *_BRIDGE_FILES)
-            if END.fullmatch(name) or name in ours:
+            if _INBOX.fullmatch(name) or name in ours:
                 self._unlink(name)
         self._remove_store()
         try:
@@ -318,8 +319,8 @@ class RuntimeDir:
 
     def _vacate(self, slot: int) -> None:
         record = self.board.record(slot)
-        for name in end_names(slot, record.epoch):
-            self._unlink(name)
+        self._unlink(inbox_name(slot, record.epoch))
+        self._unlink(shortcut_name(slot, record.epoch))
         record.end()
         self._locks.unlock(_FIRST_SLOT_BYTE + slot)
 
@@ -365,7 +366,7 @@ class RuntimeDir:
         """Delete inboxes that belong to nobody alive; the directory lock is held or this is the supervisor."""
         removed = []
         for name in os.listdir(self.fd):
-            match = END.fullmatch(name)
+            match = _INBOX.fullmatch(name)
             if match and not self._is_live_inbox(int(match[1]), int(match[2])):
                 self._unlink(name)
                 removed.append(name)
@@ -419,7 +420,7 @@ class RuntimeDir:
             logger.info("%s stays: other processes still use it (slots %s)", self.path, others)
             return False
         for name in os.listdir(self.fd):
-            if name in _OUR_FILES or END.fullmatch(name):
+            if name in _OUR_FILES or _INBOX.fullmatch(name):
                 self._unlink(name)
         self._remove_store()
         try:
@@ -478,6 +479,16 @@ class RuntimeDir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def inbox_name(slot: int, epoch: int) -> str:
+    """The file name of an inbox, in the runtime directory."""
+    return f"i{slot}.{epoch}"
+
+
+def shortcut_name(slot: int, epoch: int) -> str:
+    """The file name of the end of the short way to a peer (:mod:`ipc.shortcut`), in the runtime directory."""
+    return f"d{slot}.{epoch}"
 
 
 def locked_too_long(path: str, timeout: float) -> str:

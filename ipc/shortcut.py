@@ -20,8 +20,7 @@ import select
 import socket
 
 from ipc.descriptors import ceiling
-from ipc.ends import shortcut_name
-from ipc.runtime import RuntimeDir
+from ipc.runtime import RuntimeDir, shortcut_name
 
 logger = logging.getLogger("ipc")
 

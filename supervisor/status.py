@@ -17,8 +17,6 @@ SHOWN_SETTINGS = (
     "app", "preload", "reload", "allow_origin", "allow_anonymous", "max_message_size", "max_subscriptions",
     "max_backlog", "bus_backlog", "drain_timeout", "worker_timeout", "boot_timeout", "data_dir", "store_size",
 )  # fmt: skip
-#: How workers tell each other how full they are is their own affair.
-_SHOWN = tuple(counter for counter in Counter if counter is not Counter.LOAD)
 
 
 def describe(arbiter: Arbiter, now: float) -> dict[str, Any]:
@@ -130,18 +128,18 @@ def _totals(arbiter: Arbiter) -> dict[str, int]:
     for slot in range(SLOTS):
         record = board.record(slot)
         free = record.state is SlotState.FREE
-        for counter in _SHOWN:
+        for counter in Counter:
             if not (free and counter in GAUGES):
                 totals[counter.name.lower()] += record.get(counter)
     return totals
 
 
 def _counters(record: Record | None) -> dict[str, int]:
-    return {counter.name.lower(): 0 if record is None else record.get(counter) for counter in _SHOWN}
+    return {counter.name.lower(): 0 if record is None else record.get(counter) for counter in Counter}
 
 
 def _names() -> list[str]:
-    return [counter.name.lower() for counter in _SHOWN]
+    return [counter.name.lower() for counter in Counter]
 
 
 COLUMNS = (

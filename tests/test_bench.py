@@ -13,6 +13,7 @@ from bench import proc
 from bench.build import NoCompiler, build, compiler
 from bench.crossworker import Stage, differences, measured
 from bench.generator import LoadFailed, healthy, measure
+from bench.placed_rooms import apart, together
 from bench.report import Target, peers_table, targets_table
 from bench.results import Results, Run, begin, load
 from bench.run import plan
@@ -124,8 +125,20 @@ def test_the_default_plan_gives_slow_peers_one_round_and_others_all() -> None:
     assert count["flockwire"] == count["bun"] == 3
     assert count["uvicorn"] == 1
     assert count["connection"] == 0
+    placed = {
+        turn.server
+        for turn in plan(GROUPS["rooms"], SERVERS, 1, everything=True)
+        if turn.scenario.name != "C"
+    }
+    assert placed == {"flockwire-2"}
     assert sum(turn.server == "connection" and turn.scenario.name == "E" for turn in turns) == 3
     assert all(name in SCENARIOS for names in GROUPS.values() for name in names)
+
+
+def test_rooms_are_put_on_one_worker_or_on_two() -> None:
+    first, second = [0, 3, 4, 7, 8], [1, 2, 5, 6]
+    assert together(first, second) == [(0, 3), (4, 7), (1, 2), (5, 6)]
+    assert apart(first, second) == [(0, 1), (3, 2), (4, 5), (7, 6)]
 
 
 def test_crossing_is_what_the_far_subscriber_adds() -> None:

@@ -17,7 +17,6 @@ from workers.deadlines import Deadlines
 from workers.limited_protocol import nothing
 
 _UNKNOWN: Final = b"?"
-Offer = Callable[[bytes, Callable[[], bytes], asyncio.Transport, Callable[[bool], None]], bool]
 #: Key in a request's extensions that says that its response has no end.
 ENDLESS: Final = "flockwire.endless"
 #: Seconds from the connection, or from its first byte, to the end of a request's head.
@@ -30,9 +29,6 @@ class HttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with a deadline and a size for the request's head."""
 
     _upgrade: bytes | None = _UNKNOWN
-    handed: bytes | None = None
-    """What another worker read from this connection before it handed it over."""
-    _offered = False
 
     def __init__(
         self,
@@ -54,11 +50,6 @@ class HttpProtocol(HttpToolsProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             self._taken(sock.fileno())
-        if self.handed is not None:
-            # As if it had been read here: the application has its turn before anything else that the client does.
-            transport.pause_reading()
-            self.data_received(self.handed)
-            self.loop.call_soon(_read_on, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadlines.clear(self)
@@ -74,8 +65,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def handshaking(self) -> bool:
-        """True while the head of a request is awaited or has begun to arrive, or it is not clear whose it is."""
-        return self._offered or self in self._deadlines
+        """True while the head of a request is awaited or has begun to arrive."""
+        return self in self._deadlines
 
     def overdue(self) -> None:
         """No request has arrived in time."""
@@ -111,33 +102,7 @@ class HttpProtocol(HttpToolsProtocol):
         return self._upgrade
 
     def handle_websocket_upgrade(self) -> None:
-        """The connection goes on as a WebSocket, here or on another worker (``workers/gathering.py``)."""
-        offer: Offer | None = getattr(self.server_state, "offer", None)
-        if (
-            offer is not None
-            and self.handed is None
-            and self.cycle is None
-            and offer(self.url, self._head, self.transport, self._answered)
-        ):
-            self._offered = True
-            self.transport.pause_reading()
-        else:
-            self._upgrade_here()
-
-    def _answered(self, taken: bool) -> None:
-        """Another worker was offered this connection, and has taken it or not."""
-        self._offered = False
-        if self.transport.is_closing():
-            return
-        if taken:
-            self.connections.discard(self)
-            self.transport.abort()
-        else:
-            self.transport.resume_reading()
-            self._upgrade_here()
-
-    def _upgrade_here(self) -> None:
-        """The WebSocket's protocol gets the head that was read here."""
+        """The connection goes on as a WebSocket: its protocol gets the head that was read here."""
         self.connections.discard(self)
         protocol: Any = self.ws_protocol_class(  # type: ignore[misc, call-arg]
             config=self.config, server_state=self.server_state, app_state=self.app_state, _loop=self.loop
@@ -148,22 +113,6 @@ class HttpProtocol(HttpToolsProtocol):
         # It has our methods and we have it: without this, the garbage collector would have to find both.
         self.parser = None  # type: ignore[assignment]
         protocol.begin(self.scope["method"], self.scope["http_version"], self.url, self.headers)
-
-    def _head(self) -> bytes:
-        """The request once more, as the parser has understood it."""
-        lines = [
-            f"{self.scope['method']} ".encode(),
-            self.url,
-            f" HTTP/{self.scope['http_version']}\r\n".encode(),
-        ]
-        for name, value in self.headers:
-            lines += (name, b": ", value, b"\r\n")
-        return b"".join([*lines, b"\r\n"])
-
-
-def _read_on(transport: asyncio.Transport) -> None:
-    if not transport.is_closing():
-        transport.resume_reading()
 
 
 def _handshakes(server_state: ServerState, loop: asyncio.AbstractEventLoop) -> Deadlines[HttpProtocol]:

@@ -472,7 +472,7 @@ class LimitedProtocol(LeanProtocol):
 
     def returned(self, result: Any) -> None:
         """The application is done with this connection."""
-        if not self.handshake_complete and not self.transport.is_closing():
+        if not self.handshake_complete:
             logger.error("the application returned without answering the handshake")
             self.send_500_response()
         elif result is not None:

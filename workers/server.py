@@ -18,8 +18,7 @@ from typing import Any, Final
 import uvicorn
 
 from workers.accepting import Accepting
-from workers.gathering import TAKES_NOBODY
-from workers.http_protocol import HttpProtocol, Offer
+from workers.http_protocol import HttpProtocol
 from workers.protocol import WebSocketProtocol
 
 logger = logging.getLogger("workers")
@@ -59,8 +58,6 @@ class DrainState(uvicorn.server.ServerState):
         self.event: asyncio.Event | None = None
         self.taken: Callable[[int], None] = _nobody_counts
         """Told the descriptor of each connection."""
-        self.offer: Offer | None = None
-        """Offered each handshake before it is served, see ``workers/gathering.py``."""
 
     def changed(self) -> None:
         """Called by the protocols when a handshake is answered and when a connection ends."""
@@ -78,7 +75,6 @@ class DrainingServer(uvicorn.Server):
         self._accepting = Accepting(listener, self._serve_on)
         self.server_state.taken = self._accepting.taken
         self._ticker: asyncio.TimerHandle | None = None
-        self._adopting: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Start the application, then accept.
@@ -97,46 +93,15 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn's ``startup`` does for a socket, which it can do only once."""
         config = self.config
         server = await asyncio.get_running_loop().create_server(
-            self._protocol,
+            lambda: config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            ),
             sock=sock,
             ssl=config.ssl,
             backlog=config.backlog,
         )
         self.servers = [server]
         return server
-
-    def _protocol(self) -> HttpProtocol:
-        made = self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        assert isinstance(made, HttpProtocol)
-        return made
-
-    @property
-    def load(self) -> int:
-        """Client sockets, those included whose handshake is under way; -1 while there shall be no more."""
-        if self._accepting.pausing:
-            return TAKES_NOBODY
-        return len(self.server_state.connections) + len(self._adopting)
-
-    def adopt(self, sock: socket.socket, head: bytes) -> None:
-        """Serve a connection that another worker has accepted, and from which it has read ``head``."""
-
-        def protocol() -> HttpProtocol:
-            made = self._protocol()
-            made.handed = head
-            return made
-
-        task = asyncio.ensure_future(self._adopt(protocol, sock))
-        self._adopting.add(task)
-        task.add_done_callback(self._adopting.discard)
-
-    async def _adopt(self, protocol: Callable[[], HttpProtocol], sock: socket.socket) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(protocol, sock)
-        except (OSError, ValueError) as exc:  # it has gone, or is no connection of a client
-            logger.debug("a connection that was handed over could not be served: %s", exc)
-            sock.close()
 
     def _tick(self) -> None:
         """The Date header and the limit of descriptors, once a second."""
@@ -151,8 +116,6 @@ class DrainingServer(uvicorn.Server):
         deadline = loop.time() + timeout
         await self._accept_queued()
         self._accepting.end()
-        if self._adopting:
-            await asyncio.wait(self._adopting, timeout=1.0)
         self._end_idle_http()
         await self._until(lambda: not self._handshaking(), min(HANDSHAKE_GRACE, timeout / 2))
         clients = self._clients()

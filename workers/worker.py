@@ -26,7 +26,6 @@ from ipc.board import SlotState
 from ipc.peer import Peer, PeerKind
 from ipc.runtime import RuntimeDirError
 from workers.context import use_settings
-from workers.gathering import Gathering
 from workers.gauges import Gauges
 from workers.http_protocol import HttpProtocol
 from workers.hub import create_hub
@@ -173,19 +172,12 @@ class _Worker:
             raise CannotStart(
                 "the application failed in its startup; its error is in the log above"
             ) from None
-        gathering = None
-        if self._settings.ssl_certfile is None:  # what TLS has agreed upon cannot be handed over
-            gathering = Gathering(peer, server)
-            server.server_state.offer = gathering.offer
         _settle_memory()
         peer.set_state(SlotState.READY)
         self.tell({"ready": True})
         code = await self._drain
         peer.set_state(SlotState.DRAINING)
-        server.server_state.offer = None
         logger.info("draining: clients are closed with %d", code)
-        if gathering is not None:
-            gathering.close()
         await server.drain(code, self._settings.drain_timeout)
         return DRAINED
 

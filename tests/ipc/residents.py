@@ -11,8 +11,10 @@ from pathlib import Path
 
 from ipc import locks
 from ipc.board import PeerKind, SlotState
-from ipc.ends import inbox_name
-from ipc.runtime import RuntimeDir
+from ipc.runtime import (
+    RuntimeDir,
+    inbox_name,
+)
 
 
 def join(path: Path, kind: PeerKind = PeerKind.APPLICATION) -> tuple[RuntimeDir, int]:
@@ -27,8 +29,7 @@ OTHER = """
 import os, sys
 from pathlib import Path
 from ipc.board import PeerKind, SlotState
-from ipc.ends import inbox_name
-from ipc.runtime import RuntimeDir
+from ipc.runtime import RuntimeDir, inbox_name
 path, what = sys.argv[1:]
 if what == "supervise":
     runtime = RuntimeDir.supervise(path)

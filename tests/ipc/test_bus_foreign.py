@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from ipc import envelope as wire
 from ipc.board import Counter, PeerKind
-from ipc.ends import inbox_name
 from ipc.envelope import Envelope, FrameKind
 from ipc.inbound import Inbound
 from ipc.interest import InterestKind
 from ipc.peer import Peer
-from ipc.runtime import RuntimeDir
+from ipc.runtime import RuntimeDir, inbox_name
 from tests.ipc.actors import (
     Inbox,
     got,

@@ -13,7 +13,6 @@ import pytest
 
 from ipc import runtime as module
 from ipc.board import BOARD_NAME, FULL_SLOTS, PUBLISHER_SLOTS, PeerKind, SlotState
-from ipc.ends import inbox_name
 from ipc.rules import Rules, TopicRule
 from ipc.runtime import (
     DirectoryInUse,
@@ -21,6 +20,7 @@ from ipc.runtime import (
     RulesMismatch,
     RuntimeDir,
     RuntimeDirError,
+    inbox_name,
 )
 from tests.ipc.residents import OTHER, Other, join, open_lock_files, other_process
 from tests.support import until

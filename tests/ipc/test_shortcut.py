@@ -14,10 +14,9 @@ import pytest
 from ipc import envelope as wire
 from ipc.board import Counter
 from ipc.descriptors import RESERVED
-from ipc.ends import shortcut_name
 from ipc.interest import InterestKind
 from ipc.peer import Peer
-from ipc.runtime import RuntimeDir
+from ipc.runtime import RuntimeDir, shortcut_name
 from ipc.shortcut import MAX_BYTES, Shortcut, ShortcutEnd
 from tests.ipc.actors import Inbox, got, open_peer, peers, read_again, settled, stop_reading, sums, topic
 from tests.support import run, until_async

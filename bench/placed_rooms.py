@@ -1,0 +1,59 @@
+"""Rooms of two with both members on one worker, or on two: what a second worker costs, and what crossing adds to it.
+
+As scenario C, but the connections are given their roles when it is known on which worker each has landed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench import proc
+from bench.generator import Event, LoadFailed, Placement, measure
+from bench.servers import Running
+
+ROOMS = 500
+SPARE = 100
+"""Connections that may be left over, since the kernel does not spread them evenly."""
+
+
+def together(first: list[int], second: list[int]) -> list[tuple[int, int]]:
+    """Pairs within each worker. Pure."""
+    return [pair for side in (first, second) for pair in zip(side[::2], side[1::2], strict=False)]
+
+
+def apart(first: list[int], second: list[int]) -> list[tuple[int, int]]:
+    """Pairs of one from each worker. Pure."""
+    return list(zip(first, second, strict=False))
+
+
+def placement(server: Running, pairs: Callable[[list[int], list[int]], list[tuple[int, int]]]) -> Placement:
+    """Roles for so many connections, each pair a room."""
+
+    def roles(ports: list[int]) -> list[str]:
+        owners = proc.place(server.port, ports, server.pids())
+        workers = sorted({owner for owner in owners if owner is not None})
+        if len(workers) != 2:
+            raise LoadFailed(f"the connections came to {len(workers)} workers, not to two")
+        first, second = ([at for at, owner in enumerate(owners) if owner == worker] for worker in workers)
+        chosen = ["-"] * len(ports)
+        for room, pair in enumerate(pairs(first, second)[:ROOMS]):
+            for member in pair:
+                chosen[member] = f"b{room}"
+        return chosen
+
+    return roles
+
+
+def run(server: Running, options: list[str], *, crossing: bool) -> Event:
+    """Scenario C with rooms that all cross, or none."""
+    arguments = [
+        *server.target(),
+        *server.spec.dialect.rooms,
+        "--mode",
+        "rooms",
+        "--outstanding",
+        "1",
+        *options,
+    ]
+    connections = ["--connections", str(2 * ROOMS + SPARE)]
+    return measure([*arguments, *connections], placement(server, apart if crossing else together))
