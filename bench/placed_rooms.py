@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench import proc
-from bench.generator import Event, LoadFailed, Placement, measure
+from bench.generator import LoadFailed, Placement
 from bench.servers import Running
 
 ROOMS = 500
-SPARE = 100
-"""Connections that may be left over, since the kernel does not spread them evenly."""
+CONNECTIONS = 2 * ROOMS + 100
+"""Some are left over, since the kernel does not spread them evenly."""
+
+
+Pairs = Callable[[list[int], list[int]], list[tuple[int, int]]]
+"""Given the connections on the first and on the second worker, the members of each room."""
 
 
 def together(first: list[int], second: list[int]) -> list[tuple[int, int]]:
@@ -26,7 +30,7 @@ def apart(first: list[int], second: list[int]) -> list[tuple[int, int]]:
     return list(zip(first, second, strict=False))
 
 
-def placement(server: Running, pairs: Callable[[list[int], list[int]], list[tuple[int, int]]]) -> Placement:
+def placement(server: Running, pairs: Pairs) -> Placement:
     """Roles for so many connections, each pair a room."""
 
     def roles(ports: list[int]) -> list[str]:
@@ -42,18 +46,3 @@ def placement(server: Running, pairs: Callable[[list[int], list[int]], list[tupl
         return chosen
 
     return roles
-
-
-def run(server: Running, options: list[str], *, crossing: bool) -> Event:
-    """Scenario C with rooms that all cross, or none."""
-    arguments = [
-        *server.target(),
-        *server.spec.dialect.rooms,
-        "--mode",
-        "rooms",
-        "--outstanding",
-        "1",
-        *options,
-    ]
-    connections = ["--connections", str(2 * ROOMS + SPARE)]
-    return measure([*arguments, *connections], placement(server, apart if crossing else together))

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench import placed_rooms, proc
-from bench.generator import Event, Generator, LoadFailed, healthy, measure
+from bench import proc
+from bench.generator import Event, Generator, LoadFailed, Placement, healthy, measure
+from bench.placed_rooms import CONNECTIONS, Pairs, apart, placement, together
 from bench.results import Run
 from bench.servers import Running
 
@@ -95,29 +96,19 @@ def hub(*options: str) -> Callable[[Running, Timing], Event]:
     return run
 
 
-def rooms(server: Running, timing: Timing) -> Event:
+def rooms(server: Running, timing: Timing, where: Placement | None = None, *options: str) -> Event:
     """500 rooms of two; each member publishes, one message each under way."""
-    return measure(
-        [
-            *server.target(),
-            *server.spec.dialect.rooms,
-            "--mode",
-            "rooms",
-            "--outstanding",
-            "1",
-            *timing.options(),
-        ]
-    )
+    mode = ["--mode", "rooms", "--outstanding", "1"]
+    return measure([*server.target(), *server.spec.dialect.rooms, *mode, *timing.options(), *options], where)
 
 
-def near_rooms(server: Running, timing: Timing) -> Event:
-    """The same on two workers, with the members of a room on the same one."""
-    return placed_rooms.run(server, timing.options(), crossing=False)
+def placed(pairs: Pairs) -> Callable[[Running, Timing], Event]:
+    """The same on two workers, with the members of a room where ``pairs`` puts them."""
 
+    def run(server: Running, timing: Timing) -> Event:
+        return rooms(server, timing, placement(server, pairs), "--connections", str(CONNECTIONS))
 
-def far_rooms(server: Running, timing: Timing) -> Event:
-    """The same on two workers, with the members of a room on different ones."""
-    return placed_rooms.run(server, timing.options(), crossing=True)
+    return run
 
 
 def echo(server: Running, timing: Timing) -> Event:
@@ -168,8 +159,8 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("A16", "16 KiB to 1,000, 16 outstanding", "µs", "cpu_us", hub("--size", "16384")),
         Scenario("B100", "100 messages/s to 1,000", "µs", "cpu_us", hub("--rate", "100")),
         Scenario("C", "500 rooms of two", "µs", "cpu_us", rooms),
-        Scenario("CN", "500 rooms of two, each on one of two workers", "µs", "cpu_us", near_rooms),
-        Scenario("CF", "500 rooms of two, each on both of two workers", "µs", "cpu_us", far_rooms),
+        Scenario("CN", "500 rooms of two, each on one of two workers", "µs", "cpu_us", placed(together)),
+        Scenario("CF", "500 rooms of two, each on both of two workers", "µs", "cpu_us", placed(apart)),
         Scenario("E", "echo, 100 connections", "µs", "cpu_us", echo),
         Scenario("D", "idle connections", "bytes", "bytes_per_connection", idle, fresh=True),
         Scenario("storm", "all connections at once", "1/s", "connects_per_s", storm, fresh=True),

@@ -245,6 +245,7 @@ class Bus:
             and envelope.topic.isascii()
             and envelope.channel.isascii()
         ):
+            # Nobody else is there. (It is zero while somebody is, and then the clock need not be asked.)
             if outbound.alone_until and not self._turn and time.monotonic() < outbound.alone_until:
                 return
             self._turn.append((envelope, None))  # encoded if somebody turns out to want it, which cannot fail
